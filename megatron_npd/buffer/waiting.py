@@ -1,0 +1,44 @@
+"""Waiting that explains itself, and turns on a machine with too few cores."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+
+def wait_for(what: str, look: Callable[[], T | None], poll_seconds: float = 0.2) -> T:
+    """Call `look` until it returns something; say what is waited for, at once and then every 30 s."""
+    since = said = time.monotonic()
+    found = look()
+    if found is None:
+        logger.info("waiting for %s", what)
+    while found is None:
+        time.sleep(poll_seconds)
+        found = look()
+        if time.monotonic() - said > 30:
+            said = time.monotonic()
+            logger.info("still waiting for %s, since %.0f s", what, said - since)
+    return found
+
+
+@contextlib.contextmanager
+def turn(lock: Path | None) -> Iterator[None]:
+    """Compute while no other role of this machine does. The kernel drops the lock of a killed process.
+
+    `lock` None: roles compute at the same time. The lock is for speed alone: two workers that share two cores
+    thrash each other's caches; nothing is wrong if it does not hold (say, on a filesystem without flock).
+    """
+    if lock is None:
+        yield
+        return
+    with open(lock, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

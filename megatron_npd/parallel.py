@@ -1,0 +1,47 @@
+"""Where one process stands in the parallel layout: plain data, made once by `mcore.parallel.initialize`.
+
+Passed as an argument instead of being fetched from global state, so that a function's signature says on
+which groups it communicates. Groups are `torch.distributed.ProcessGroup`, or None when the group has one
+member (and then nothing is communicated).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """Sizes, ranks and groups of tensor (tp), pipeline (pp) and data (dp) parallelism."""
+
+    rank: int = 0
+    world_size: int = 1
+    tp_rank: int = 0
+    tp_size: int = 1
+    pp_rank: int = 0
+    pp_size: int = 1
+    dp_rank: int = 0
+    dp_size: int = 1
+    tp_group: Any = None
+    dp_group: Any = None
+    device: str = "cpu"
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank holds the embedding."""
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank computes logits and the loss."""
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def is_logging_rank(self) -> bool:
+        """The one rank that sees the loss and writes metrics: last stage, first of tp and dp."""
+        return self.is_last_stage and self.tp_rank == 0 and self.dp_rank == 0
+
+
+SINGLE = Parallel()
+"""One process, no communication."""

