@@ -197,9 +197,7 @@ class Config(Section):
     def _check_across_sections(self) -> Config:
         training = self.training
         if training.sequence_parallel and training.tensor_model_parallel_size == 1:
-            raise ValueError(
-                "training.sequence_parallel = true: needs training.tensor_model_parallel_size > 1"
-            )
+            raise ValueError("training.sequence_parallel = true: needs training.tensor_model_parallel_size > 1")
         if training.global_batch_size % training.data_parallel_size:
             raise ValueError(
                 f"training.global_batch_size = {training.global_batch_size}: must be a multiple of "
@@ -211,9 +209,7 @@ class Config(Section):
                 f"training.tensor_model_parallel_size = {training.tensor_model_parallel_size}"
             )
         if training.min_lr > training.lr:
-            raise ValueError(
-                f"training.min_lr = {training.min_lr}: must not exceed training.lr = {training.lr}"
-            )
+            raise ValueError(f"training.min_lr = {training.min_lr}: must not exceed training.lr = {training.lr}")
         if self.rounds.max_policy_lag == 0 and self.rounds.publish_at < 1.0:
             raise ValueError(
                 f"rounds.max_policy_lag = 0: publishing at rounds.publish_at = {self.rounds.publish_at} makes the "

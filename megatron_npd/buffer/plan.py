@@ -79,9 +79,7 @@ def make_plan(config: Config, train_prompts: int, heldout_prompts: int) -> Plan:
     if config.warmup.samples_per_prompt:
         everything = np.arange(train_prompts)
         stages.append(
-            _stage(
-                WARMUP_STAGE, "train", TEACHER_VERSION, everything, config.warmup.samples_per_prompt, per_unit
-            )
+            _stage(WARMUP_STAGE, "train", TEACHER_VERSION, everything, config.warmup.samples_per_prompt, per_unit)
         )
     first = 1 if config.warmup.samples_per_prompt else 0
     for index in range(config.rounds.count):
@@ -119,9 +117,7 @@ def generator(run_seed: int, *purpose: object) -> np.random.Generator:
     return np.random.default_rng(_derive(run_seed, *purpose))
 
 
-def _stage(
-    name: str, split: str, version: int, prompts: np.ndarray, samples_per_prompt: int, per_unit: int
-) -> Stage:
+def _stage(name: str, split: str, version: int, prompts: np.ndarray, samples_per_prompt: int, per_unit: int) -> Stage:
     prompt_index = np.repeat(prompts.astype(np.int64), samples_per_prompt)
     sample_index = np.tile(np.arange(samples_per_prompt, dtype=np.int32), len(prompts))
     return Stage(name, split, version, prompt_index, sample_index, per_unit)

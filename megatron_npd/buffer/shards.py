@@ -86,9 +86,7 @@ def read_shard(path: Path, kind: str) -> Shard:
     except (SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise CorruptShardError(f"{path}: not a readable shard ({error})") from None
     if claimed != actual:
-        raise CorruptShardError(
-            f"{path}: checksum {actual[:12]} differs from the recorded {str(claimed)[:12]}"
-        )
+        raise CorruptShardError(f"{path}: checksum {actual[:12]} differs from the recorded {str(claimed)[:12]}")
     schema_version, found_kind = header.pop("schema_version"), header.pop("kind")
     if (schema_version, found_kind) != (SCHEMA_VERSION, kind):
         raise CorruptShardError(

@@ -103,9 +103,7 @@ def read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
                 raise ValueError(f"header of {length} bytes")
             header = json.loads(stream.read(length))
         return {
-            name: (entry["dtype"], tuple(entry["shape"]))
-            for name, entry in header.items()
-            if name != "__metadata__"
+            name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items() if name != "__metadata__"
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadVersionError(f"{file}: not a safetensors file ({error})") from None

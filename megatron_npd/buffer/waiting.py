@@ -5,10 +5,14 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
+
+from megatron_npd.config import Config
+from megatron_npd.run_directory import RunDirectory
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -42,3 +46,14 @@ def turn(lock: Path | None) -> Iterator[None]:
     with open(lock, "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def turn_lock(config: Config, run: RunDirectory) -> Path | None:
+    """The lock roles take turns by, or None where they may compute side by side (`launch.turns`)."""
+    wanted = (
+        config.rollout.threads
+        + config.annotator.threads * config.annotator.tensor_model_parallel_size
+        + config.training.threads * config.training.world_size
+    )
+    crowded = wanted > (os.cpu_count() or 1)
+    return run.turn if config.launch.turns == "on" or (config.launch.turns == "auto" and crowded) else None

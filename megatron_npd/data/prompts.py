@@ -51,9 +51,7 @@ def read_chats(path: str | Path) -> list[tuple[str, list[dict[str, Any]]]]:
             continue
         name, messages = _parse_line(f"{path}:{number}", line, number)
         if name in seen:
-            raise UserError(
-                f"{path}:{number}: id {name!r} was already used on line {seen[name]}; ids must be unique"
-            )
+            raise UserError(f"{path}:{number}: id {name!r} was already used on line {seen[name]}; ids must be unique")
         seen[name] = number
         chats.append((name, messages))
     if not chats:
@@ -92,9 +90,7 @@ def _parse_line(where: str, line: str, number: int) -> tuple[str, list[dict[str,
         if not isinstance(message.get("content"), str):
             raise UserError(f"{where}: each message needs a string content")
     if messages[-1]["role"] == "assistant":
-        raise UserError(
-            f"{where}: the last message must not be the assistant's: its reply is what is generated"
-        )
+        raise UserError(f"{where}: the last message must not be the assistant's: its reply is what is generated")
     name = str(record.get("id", f"line-{number}"))
     if "\n" in name:
         raise UserError(f"{where}: id {name!r} must not contain a line break")
