@@ -1,0 +1,6 @@
+"""The one door to Megatron-Core, Transformer Engine and apex."""
+
+import warnings
+
+# Megatron-Core warns at import about every optional GPU package; mcore.cpu and mcore.attention say once what is used.
+warnings.filterwarnings("ignore", module=r"megatron\.core.*")

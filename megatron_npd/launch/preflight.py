@@ -1,0 +1,100 @@
+"""Everything that can be found wrong before a model is loaded. Cheap faults first; each is one `UserError` line."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_npd.config import Config
+from megatron_npd.errors import UserError
+from megatron_npd.launch.checkpoint import Checkpoint, check_checkpoint
+from megatron_npd.launch.prompts import TokenisedPrompts, shared_tokenizer, tokenised_splits
+
+logger = logging.getLogger(__name__)
+
+CONFIG_JSON_NAMES = {
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "intermediate_size": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+}
+"""Field of `ModelDims` -> what config.json, and so the user, calls it."""
+
+SPLIT_BY_TENSOR_PARALLEL = ("num_heads", "num_kv_heads", "intermediate_size")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run starts from, checked; the prompts are tokenised already, since checking their lengths took that."""
+
+    teacher: Checkpoint
+    student: Checkpoint
+    train: TokenisedPrompts
+    heldout: TokenisedPrompts
+
+
+def preflight(config: Config) -> Inputs:
+    """Check the configuration against the files it names.
+
+    Raises:
+        UserError: the first fault found; its line names the key or file, the value and the rule.
+    """
+    teacher, student = check_models(config)
+    tokenizer = shared_tokenizer(teacher, student)
+    if teacher.dims.vocab_size != student.dims.vocab_size:
+        logger.info(
+            "vocab_size differs (teacher %d, student %d) over a shared tokenizer: padding rows, never sampled",
+            teacher.dims.vocab_size,
+            student.dims.vocab_size,
+        )
+    prompts = config.prompts
+    train, heldout = tokenised_splits(tokenizer, prompts.train, prompts.heldout, prompts.max_prompt_tokens)
+    if config.rounds.prompts_per_round > len(train.names):
+        raise UserError(
+            f"rounds.prompts_per_round = {config.rounds.prompts_per_round}: must not exceed the {len(train.names)} "
+            f"prompts of {prompts.train} (0 takes them all)"
+        )
+    return Inputs(teacher, student, train, heldout)
+
+
+def check_models(config: Config) -> tuple[Checkpoint, Checkpoint]:
+    """Teacher and student: whole checkpoints that fit the sizes configured.
+
+    Raises:
+        UserError: see `preflight`.
+    """
+    teacher = check_checkpoint("models.teacher", Path(config.models.teacher))
+    student = check_checkpoint("models.student", Path(config.models.student))
+    _check_splits(config, teacher, student)
+    longest = config.prompts.max_prompt_tokens + config.rollout.max_new_tokens
+    vocabulary = min(teacher.dims.vocab_size, student.dims.vocab_size)
+    for checkpoint in (teacher, student):
+        if longest > checkpoint.dims.max_positions:
+            raise UserError(
+                f"prompts.max_prompt_tokens + rollout.max_new_tokens = {longest}: must not exceed "
+                f"max_position_embeddings = {checkpoint.dims.max_positions} of {checkpoint}"
+            )
+    if config.annotator.top_k > vocabulary:
+        raise UserError(f"annotator.top_k = {config.annotator.top_k}: must not exceed the vocab_size = {vocabulary}")
+    return teacher, student
+
+
+def _check_splits(config: Config, teacher: Checkpoint, student: Checkpoint) -> None:
+    """Model dimensions must divide evenly over the ranks that split them."""
+    annotator, training, rollout = config.annotator, config.training, config.rollout
+    tensor = "tensor_model_parallel_size"
+    splits = [
+        (f"annotator.{tensor}", annotator.tensor_model_parallel_size, teacher, SPLIT_BY_TENSOR_PARALLEL),
+        (f"annotator.{tensor}", annotator.tensor_model_parallel_size, student, SPLIT_BY_TENSOR_PARALLEL),
+        (f"training.{tensor}", training.tensor_model_parallel_size, student, SPLIT_BY_TENSOR_PARALLEL),
+        ("training.pipeline_model_parallel_size", training.pipeline_model_parallel_size, student, ("num_layers",)),
+        # vLLM copies key-value heads where there are fewer than ranks: only the query heads must divide.
+        (f"rollout.{tensor}", rollout.tensor_model_parallel_size, teacher, ("num_heads",)),
+        (f"rollout.{tensor}", rollout.tensor_model_parallel_size, student, ("num_heads",)),
+    ]
+    for key, ranks, checkpoint, fields in splits:
+        for field in fields:
+            value = getattr(checkpoint.dims, field)
+            if value % ranks:
+                raise UserError(f"{key} = {ranks}: must divide {CONFIG_JSON_NAMES[field]} = {value} of {checkpoint}")

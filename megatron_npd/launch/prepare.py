@@ -1,0 +1,121 @@
+"""From a configuration to a prepared run directory, and from a prepared directory back to its configuration.
+
+`config.toml` is written last, so a directory that holds it is complete. A run directory belongs to one configuration
+digest; whatever else changes (`launch`, the place of the directory) may change between starts.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from megatron_npd.config import Config, load_config
+from megatron_npd.data.prompts import save_prompt_set
+from megatron_npd.errors import UserError
+from megatron_npd.launch.preflight import check_models, preflight
+from megatron_npd.launch.provenance import provenance
+from megatron_npd.run_directory import RunDirectory, write_atomically, write_json
+
+UNFINISHED = re.compile(r"prompts|provenance\.json|\..+\.tmp")
+"""Names an interrupted preparation leaves at the top of a run directory."""
+
+
+def prepare(config: Config) -> RunDirectory:
+    """Make the run directory of a configuration, or find it made.
+
+    Raises:
+        UserError: the inputs do not pass `preflight`, the directory belongs to another configuration, or it holds
+            something else. Nothing is touched then.
+    """
+    run = RunDirectory(Path(config.run_directory))
+    check_directory(run, config)
+    if run.config.is_file():
+        check_models(config)
+    else:
+        inputs = preflight(config)
+        _create(run.root)
+        save_prompt_set(run.prompts("train"), inputs.train.names, inputs.train.token_ids)
+        save_prompt_set(run.prompts("heldout"), inputs.heldout.names, inputs.heldout.token_ids)
+        write_json(run.provenance, provenance(config))
+    # On a resume only `launch` and the directory's own path can have changed: the roles read them from here.
+    text = config.to_toml().encode()
+    if not run.config.is_file() or run.config.read_bytes() != text:
+        write_atomically(run.config, text)
+    return run
+
+
+def check_directory(run: RunDirectory, config: Config) -> None:
+    """Refuse a run directory this configuration must not use; a missing or half-prepared one is fine.
+
+    Raises:
+        UserError: it belongs to another configuration, or holds something else.
+    """
+    where = f"run_directory = {config.run_directory}"
+    if run.config.is_file():
+        _check_same(run, config)
+        return
+    if run.root.exists() and not run.root.is_dir():
+        raise UserError(f"{where}: is a file; must be a folder or not exist yet")
+    if run.root.is_dir():
+        foreign = sorted(entry.name for entry in run.root.iterdir() if not UNFINISHED.fullmatch(entry.name))
+        if foreign:
+            raise UserError(f"{where}: holds {foreign[0]} but no config.toml; must be empty, new or a run's own folder")
+
+
+def open_run(config: Config) -> RunDirectory:
+    """The prepared run directory of a configuration, for a role that is started by hand.
+
+    Raises:
+        UserError: it is not prepared, or belongs to another configuration.
+    """
+    run = RunDirectory(Path(config.run_directory))
+    if not run.config.is_file():
+        raise UserError(f"run_directory = {config.run_directory}: not prepared; run `npd prepare CONFIG` first")
+    _check_same(run, config)
+    return run
+
+
+def load_run_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a configuration, or a run directory's own config.toml, which then means the directory it lies in.
+
+    So a role can be run against a copy of a run directory, to reproduce a fault without touching the original.
+
+    Raises:
+        UserError: see `config.load_config`.
+    """
+    config = load_config(path, overrides)
+    folder = Path(path).resolve().parent
+    if Path(path).name == "config.toml" and RunDirectory(folder).provenance.is_file():
+        return config.model_copy(update={"run_directory": str(folder)})
+    return config
+
+
+def _create(root: Path) -> None:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"run_directory = {root}: cannot be created: {error.strerror}") from None
+
+
+def _check_same(run: RunDirectory, config: Config) -> None:
+    prepared = load_config(run.config)
+    if prepared.digest == config.digest:
+        return
+    key, old, new = _differences(prepared.model_dump(), config.model_dump())[0]
+    raise UserError(
+        f"{key} = {new!r}: the run directory {run.root} was prepared with {old!r}; use another run_directory or the "
+        "same value"
+    )
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """(key, old value, new value) of everything that decides what the run computes and differs."""
+    found: list[tuple[str, Any, Any]] = []
+    for name, value in old.items():
+        key = prefix + name
+        if isinstance(value, dict):
+            found += _differences(value, new[name], f"{key}.")
+        elif value != new[name]:
+            found.append((key, value, new[name]))
+    return [entry for entry in found if entry[0] != "run_directory" and not entry[0].startswith("launch.")]

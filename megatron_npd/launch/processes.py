@@ -1,0 +1,120 @@
+"""Child processes that cannot outlive their parent: each in its own session, stopped as a whole process group.
+
+A child is signalled by its process group, which is safe because its exit is first only looked at (`WNOWAIT`): as long
+as it is not reaped, its id, and so the id of its group, cannot be given to anybody else's process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+POLL_SECONDS = 0.05
+_PR_SET_PDEATHSIG = 1
+# Loaded here: between fork and exec a child must not load libraries.
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+@dataclass(frozen=True)
+class Command:
+    """A process to start."""
+
+    name: str
+    """What people call it."""
+    argv: list[str]
+    log: Path
+    """Receives its stdout and stderr, appended."""
+    env: dict[str, str] = field(default_factory=dict)
+    """Added to this process's environment."""
+
+
+class Child:
+    """A started `Command`. Start children from the main thread: the kernel ties their life to the starting thread."""
+
+    def __init__(self, command: Command):
+        self.command = command
+        command.log.parent.mkdir(parents=True, exist_ok=True)
+        with open(command.log, "ab") as log:
+            self.log_start = log.tell()
+            """Where the log of this process begins: earlier attempts wrote what lies before."""
+            self._process = subprocess.Popen(
+                command.argv,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=os.environ | command.env,
+                start_new_session=True,
+                preexec_fn=_die_with_parent(os.getpid()),
+            )
+
+    @property
+    def pid(self) -> int:
+        """Its process id, and the id of its process group."""
+        return self._process.pid
+
+    def poll(self) -> int | None:
+        """Exit status (negative: the signal that ended it), or None while it runs. Ends what is left of its group."""
+        if self._process.returncode is None and self._has_exited():
+            self.signal(signal.SIGKILL)
+            self._process.wait()
+        return self._process.returncode
+
+    def signal(self, number: int) -> None:
+        """Send a signal to the whole process group, unless the child was reaped already."""
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pid, number)
+
+    def _has_exited(self) -> bool:
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def stop(
+    children: Iterable[Child], grace_seconds: float = 10.0, hurry: Callable[[], bool] = lambda: False
+) -> list[Child]:
+    """End children: SIGTERM, then SIGKILL after `grace_seconds` or as soon as `hurry()` is true. All are reaped.
+
+    Returns:
+        Those that had to be killed.
+    """
+    running = [child for child in children if child.poll() is None]
+    for child in running:
+        child.signal(signal.SIGTERM)
+    deadline = time.monotonic() + grace_seconds
+    while (running := [child for child in running if child.poll() is None]) and not hurry():
+        if time.monotonic() > deadline:
+            break
+        time.sleep(POLL_SECONDS)
+    for child in running:
+        child.signal(signal.SIGKILL)
+    while any(child.poll() is None for child in running):
+        time.sleep(POLL_SECONDS)
+    return running
+
+
+def describe_exit(status: int) -> str:
+    """An exit status in words."""
+    if status >= 0:
+        return f"exited with status {status}"
+    name = signal.Signals(-status).name
+    return f"was ended by {name}" + (" (out of memory?)" if -status == signal.SIGKILL else "")
+
+
+def _die_with_parent(parent: int) -> Callable[[], None]:
+    """For `preexec_fn`: the kernel kills the child when its parent dies, however that dies (Linux)."""
+
+    def request() -> None:
+        if _LIBC is not None:
+            _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != parent:  # it died before the request
+                os._exit(1)
+
+    return request

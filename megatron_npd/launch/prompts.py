@@ -1,0 +1,153 @@
+"""Tokenizers and prompts, checked before anything starts: one tokenizer for both models, no prompt too long."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from megatron_npd.data.prompts import read_chats
+from megatron_npd.errors import UserError
+from megatron_npd.launch.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Chat = tuple[str, list[dict[str, Any]]]
+"""A prompt's id and its messages."""
+
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+BATCH = 1000
+"""Prompts tokenised by one call: the tokenizer works through them in parallel."""
+
+
+@dataclass(frozen=True)
+class TokenisedPrompts:
+    """A prompt file after the chat template: `token_ids[i]` belongs to the prompt the user named `names[i]`."""
+
+    names: list[str]
+    token_ids: list[list[int]]
+
+    def __str__(self) -> str:
+        lengths = [len(ids) for ids in self.token_ids]
+        return f"{len(lengths)} prompts, {sum(lengths)} tokens, the longest {max(lengths)}"
+
+
+def shared_tokenizer(teacher: Checkpoint, student: Checkpoint) -> PreTrainedTokenizerBase:
+    """The one tokenizer of teacher and student.
+
+    Distillation compares the two models token by token, so the same id must mean the same text to both, prompts must
+    be framed alike, and both must end a response alike. The padding token is left out: nothing here is padded.
+
+    Raises:
+        UserError: one cannot be loaded, they differ, or a model has fewer embedding rows than the tokenizer has ids.
+    """
+    of_teacher, of_student = _load_tokenizer(teacher), _load_tokenizer(student)
+    for rule, value, other in (
+        ("vocabulary", *_vocabulary_difference(of_teacher, of_student)),
+        *((name, getattr(of_teacher, name), getattr(of_student, name)) for name in ("bos_token_id", "eos_token_id")),
+        ("chat template", *_template_difference(of_teacher, of_student)),
+        ("end tokens (generation_config.json)", sorted(set(teacher.eos_ids)), sorted(set(student.eos_ids))),
+    ):
+        if value != other:
+            raise UserError(
+                f"{teacher} and {student} differ in {rule}: {value} against {other}; distillation needs the same "
+                "(copy the tokenizer files or the generation config of the one into the other)"
+            )
+    if not of_student.chat_template:
+        raise UserError(f"{student}: its tokenizer has no chat template; prompts cannot be framed without one")
+    ids = max(of_student.get_vocab().values()) + 1
+    for checkpoint in (teacher, student):
+        if checkpoint.dims.vocab_size < ids:
+            raise UserError(
+                f"{checkpoint}: {checkpoint.dims.vocab_size} embedding rows (vocab_size); must be at least the "
+                f"tokenizer's {ids} ids"
+            )
+    return of_student
+
+
+def tokenised_splits(
+    tokenizer: PreTrainedTokenizerBase, train: str, heldout: str, limit: int
+) -> tuple[TokenisedPrompts, TokenisedPrompts]:
+    """Read and tokenise the training and the held-out prompts; `limit` is prompts.max_prompt_tokens.
+
+    Raises:
+        UserError: a broken file or line, a prompt the chat template refuses or that is longer than `limit` tokens,
+            or one that is in both files.
+    """
+    train_chats, heldout_chats = read_chats(train), read_chats(heldout)
+    seen = {_text(messages): name for name, messages in train_chats}
+    for name, messages in heldout_chats:
+        if _text(messages) in seen:
+            raise UserError(
+                f"{heldout}: prompt {name!r} has the text of prompt {seen[_text(messages)]!r} in {train}; held-out "
+                "prompts must not be trained on"
+            )
+    return _tokenise(tokenizer, train, train_chats, limit), _tokenise(tokenizer, heldout, heldout_chats, limit)
+
+
+def _tokenise(tokenizer: PreTrainedTokenizerBase, path: str, chats: list[Chat], limit: int) -> TokenisedPrompts:
+    token_ids = [ids for batch in _batches(chats) for ids in _apply_template(tokenizer, path, batch)]
+    names = [name for name, _ in chats]
+    too_long = [(name, len(ids)) for name, ids in zip(names, token_ids, strict=True) if len(ids) > limit]
+    if too_long:
+        name, length = too_long[0]
+        more = f" ({len(too_long)} such prompts, the longest {max(n for _, n in too_long)})" if too_long[1:] else ""
+        raise UserError(
+            f"{path}: prompt {name!r} has {length} tokens; must not exceed prompts.max_prompt_tokens = {limit}{more}"
+        )
+    return TokenisedPrompts(names, token_ids)
+
+
+def _apply_template(tokenizer: PreTrainedTokenizerBase, path: str, chats: list[Chat]) -> list[list[int]]:
+    try:
+        return tokenizer.apply_chat_template(
+            [messages for _, messages in chats], add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+    except Exception as error:  # a template may raise anything; find the prompt it refuses
+        if len(chats) == 1:
+            raise UserError(f"{path}: prompt {chats[0][0]!r}: the chat template refuses it: {error}") from None
+        return [ids for chat in chats for ids in _apply_template(tokenizer, path, [chat])]
+
+
+def _load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    # Without this check transformers makes up an empty tokenizer from config.json.
+    if not any((checkpoint.folder / name).is_file() for name in VOCABULARY_FILES):
+        raise UserError(f"{checkpoint}: no tokenizer in it; must hold one of {', '.join(VOCABULARY_FILES)}")
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True)
+    except Exception as error:  # whatever a damaged or foreign file makes the loader raise
+        raise UserError(f"{checkpoint}: its tokenizer cannot be loaded: {error or type(error).__name__}") from None
+
+
+def _vocabulary_difference(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """The first token, by text, whose id differs, as each of the two sees it; equal texts if there is none."""
+    ours, theirs = teacher.get_vocab(), student.get_vocab()
+    if ours == theirs:
+        return "", ""
+    token = min(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
+    return f"{token!r} has id {ours.get(token, 'none')}", f"id {theirs.get(token, 'none')}"
+
+
+def _template_difference(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """What each template has around the first character that differs; equal texts if there is none."""
+    ours, theirs = (str(tokenizer.chat_template or "") for tokenizer in (teacher, student))
+    if ours == theirs:
+        return "", ""
+    pairs = zip(ours, theirs, strict=False)
+    at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(theirs)))
+    return f"{ours[at : at + 20]!r}", f"{theirs[at : at + 20]!r} at character {at}"
+
+
+def _batches(chats: list[Chat]) -> Iterator[list[Chat]]:
+    for start in range(0, len(chats), BATCH):
+        yield chats[start : start + BATCH]
+
+
+def _text(messages: list[dict[str, Any]]) -> str:
+    return json.dumps([(message["role"], message["content"]) for message in messages])

@@ -1,0 +1,296 @@
+"""The summary of a run: one dictionary, computed from what lies in the run directory and from nothing else.
+
+It works on a finished, a running and a broken run: what is not known yet is None. Work that was redone after a
+restart counts once: samples are counted in the shards, optimizer steps by their number.
+
+Keys of `summarise`, in nats a token, seconds and tokens unless said otherwise:
+
+    rollouts_generated, rollouts_kept, rollouts_rejected {reason: n}, rollouts_by_round {stage: the three}
+    warmup_responses, warmup_kept
+    rounds (trained on so far), refreshes (snapshots the sidecars moved to), optimizer_steps
+    trained_tokens (response tokens, summed over steps), packing_efficiency (tokens / (tokens + padding))
+    heldout_kl_before, _after_warmup, _after, _by_version {version: kl}, _reduction {whole_run, rounds: fraction}
+    heldout_top1_agreement_by_version {version: fraction of tokens whose likeliest next id is the teacher's}
+    tokens_per_second_by_role {role: tokens / busy second of one worker; computed ones for trainer and annotator,
+        response tokens for the rollout roles}
+    wall_seconds_by_phase {role: {stage or event: busy seconds}, total: first to last record}
+    near_policy_kl {max, last}, parity {version: {mean, max}}
+    attention_backend, versions {package: version}, git_commit, settings {what a reader needs to judge the figures}
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from megatron_npd.buffer.plan import make_plan
+from megatron_npd.buffer.versions import BadVersionError, read_header
+from megatron_npd.config import Config
+from megatron_npd.observe.metrics import read_metrics
+from megatron_npd.observe.report import distinct_steps, render_report
+from megatron_npd.run_directory import WARMUP_STAGE, RunDirectory, read_json, round_stage, write_json
+from megatron_npd.schema import Verdict
+
+logger = logging.getLogger(__name__)
+
+Record = dict[str, Any]
+SCORES = ("ifd_teacher", "ifd_student", "delta_ifd", "verdict")
+TEACHER_ROLE = "rollout_teacher"
+
+
+def write_report(run: RunDirectory, config: Config) -> dict[str, Any]:
+    """Write `summary.json` and `report.html`, for a run in any state; returns the summary."""
+    summary = summarise(run, config)
+    write_json(run.summary, summary)
+    render_report(summary, _records(run), collect_scores(run), run.report)
+    return summary
+
+
+def summarise(run: RunDirectory, config: Config) -> dict[str, Any]:
+    """The figures of a run (see the module), as JSON values without NaN."""
+    records = _records(run)
+    provenance = _json_or_empty(run.provenance)
+    starts = [record["attention_backend"] for record in records if "attention_backend" in record]
+    summary = {
+        "run": str(run.root),
+        **_rollouts(run),
+        **_training(records),
+        **_heldout(run, config),
+        "tokens_per_second_by_role": _tokens_per_second(records),
+        "wall_seconds_by_phase": _wall_seconds(records),
+        "parity": _parity(records),
+        "attention_backend": starts[-1] if starts else None,
+        "versions": provenance.get("packages"),
+        "git_commit": provenance.get("git_commit"),
+        "settings": _settings(config),
+    }
+    return _json_value(summary)
+
+
+def collect_scores(run: RunDirectory) -> dict[str, np.ndarray]:
+    """Scores of every judged sample of the rounds, in no particular order.
+
+    Returns:
+        `ifd_teacher`, `ifd_student`, `delta_ifd` float64 [N]; `verdict` uint8 [N]; `round` int64 [N].
+    """
+    parts: dict[str, list[np.ndarray]] = defaultdict(list)
+    for index in itertools.count():
+        folder = run.unit("samples", round_stage(index), 0).parent
+        if not folder.is_dir():
+            break
+        for path in sorted(folder.glob("unit_*.safetensors")):
+            columns = _read_columns(path, SCORES)
+            for name, column in columns.items():
+                parts[name].append(column)
+            parts["round"].append(np.full(len(columns.get("verdict", ())), index, dtype=np.int64))
+    types = {"verdict": np.uint8, "round": np.int64}
+    names = (*SCORES, "round")
+    return {name: np.concatenate([np.zeros(0, types.get(name, np.float64)), *parts[name]]) for name in names}
+
+
+def _rollouts(run: RunDirectory) -> dict[str, Any]:
+    scores = collect_scores(run)
+    by_round = {}
+    for index in itertools.count():
+        generated = _generated(run, round_stage(index))
+        if generated is None:
+            break
+        judged = _by_verdict(scores["verdict"][scores["round"] == index])
+        by_round[round_stage(index)] = {"generated": generated, **judged}
+    whole = _by_verdict(scores["verdict"])
+    warmup = [
+        _read_columns(path, ("verdict",)).get("verdict", np.zeros(0))
+        for path in sorted(run.unit("samples", WARMUP_STAGE, 0).parent.glob("unit_*.safetensors"))
+    ]
+    return {
+        "rollouts_generated": sum(stage["generated"] for stage in by_round.values()) if by_round else None,
+        "rollouts_kept": whole["kept"],
+        "rollouts_rejected": whole["rejected"],
+        "rollouts_by_round": by_round or None,
+        "warmup_responses": _generated(run, WARMUP_STAGE),
+        "warmup_kept": sum(int(np.sum(part == Verdict.KEPT)) for part in warmup) if warmup else None,
+    }
+
+
+def _by_verdict(verdicts: np.ndarray) -> dict[str, Any]:
+    """How many were kept, and rejected for each reason; None where nothing was judged yet."""
+    if not len(verdicts):
+        return {"kept": None, "rejected": None}
+    counts = {verdict.name.lower(): int(np.sum(verdicts == verdict)) for verdict in Verdict}
+    return {"kept": counts.pop("kept"), "rejected": counts}
+
+
+def _generated(run: RunDirectory, stage: str) -> int | None:
+    """Responses of a stage, from the headers of its shards; None before its first one."""
+    total = None
+    for path in run.unit("rollouts", stage, 0).parent.glob("unit_*.safetensors"):
+        try:
+            total = (total or 0) + read_header(path)["prompt_index"][1][0]
+        except (BadVersionError, KeyError, OSError) as error:
+            logger.warning("left out of the report: %s (%s)", path, error)
+    return total
+
+
+def _training(records: list[Record]) -> dict[str, Any]:
+    steps = distinct_steps(records)
+    rounds = [step for step in steps if str(step.get("stage", "")).startswith("round_")]
+    drift = _finite(rounds, "near_policy/kl")
+    refreshed = {record["version"] for record in _events(records, "refresh") if _samples_students(record)}
+    computed = [(_number(step, "buffer/packing_efficiency"), _number(step, "perf/tokens")) for step in steps]
+    weighed = [(share, tokens) for share, tokens in computed if share is not None and tokens]
+    return {
+        "rounds": len({step["stage"] for step in rounds}) if steps else None,
+        "refreshes": len(refreshed) if records else None,
+        "optimizer_steps": len(steps) or None,
+        "trained_tokens": sum(_finite(steps, "train/response_tokens")) if steps else None,
+        "packing_efficiency": _ratio(sum(share * n for share, n in weighed), sum(n for _, n in weighed)),
+        "near_policy_kl": {"max": max(drift), "last": drift[-1]} if drift else None,
+    }
+
+
+def _heldout(run: RunDirectory, config: Config) -> dict[str, Any]:
+    """Held-out KL by version, and at the three points a reader asks for."""
+    plan = make_plan(config, train_prompts=1, heldout_prompts=1)
+    files = map(_json_or_empty, run.evaluation(0).parent.glob("v*.json"))
+    evaluations = [entry for entry in files if "version" in entry]
+    by_version = {entry["version"]: entry for entry in sorted(evaluations, key=lambda entry: entry["version"])}
+    kl = {version: _number(entry, "heldout_kl") for version, entry in by_version.items()}
+    agreement = {str(version): _number(entry, "top1_agreement") for version, entry in by_version.items()}
+    before, start, after = kl.get(0), kl.get(plan.first_round_version), kl.get(plan.final_version)
+    return {
+        "heldout_kl_before": before,
+        "heldout_kl_after_warmup": start if plan.first_round_version else None,
+        "heldout_kl_after": after,
+        "heldout_kl_by_version": {str(version): value for version, value in kl.items()} or None,
+        "heldout_top1_agreement_by_version": agreement or None,
+        "heldout_kl_reduction": {"whole_run": _reduction(before, after), "rounds": _reduction(start, after)},
+    }
+
+
+def _tokens_per_second(records: list[Record]) -> dict[str, float | None] | None:
+    """Tokens a second of one busy worker of each role; restarts and redone work only add to the average."""
+    tokens: dict[str, float] = defaultdict(float)
+    seconds: dict[str, float] = defaultdict(float)
+    for record in records:
+        if record["event"] in ("unit", "step"):
+            keys = ("perf/tokens", "tokens", "response_tokens")
+            tokens[record["role"]] += next((n for key in keys if (n := _number(record, key)) is not None), 0.0)
+            seconds[record["role"]] += _seconds(record) or 0.0
+    return {role: _ratio(tokens[role], seconds[role]) for role in sorted(tokens)} or None
+
+
+def _wall_seconds(records: list[Record]) -> dict[str, Any] | None:
+    """Busy seconds by role and stage (or event, where a record has no stage), and the run's span."""
+    if not records:
+        return None
+    busy: dict[str, Any] = defaultdict(lambda: defaultdict(float))
+    for record in records:
+        if seconds := _seconds(record):
+            busy[record["role"]][record.get("stage") or record.get("name") or record["event"]] += seconds
+    begin = min(record["time"] - (_seconds(record) or 0.0) for record in records)
+    return {**{role: dict(stages) for role, stages in busy.items()}, "total": records[-1]["time"] - begin}
+
+
+def _parity(records: list[Record]) -> dict[str, Any] | None:
+    """Worst parity of any sidecar with the trainer after each refresh: |Δ log p|, nats a token."""
+    worst: dict[int, dict[str, float]] = defaultdict(dict)
+    for record in _events(records, "refresh"):
+        for name in ("mean", "max"):
+            if (value := _number(record, f"parity_{name}")) is not None:
+                worst[record["version"]][name] = max(value, worst[record["version"]].get(name, 0.0))
+    return {str(version): worst[version] for version in sorted(worst)} or None
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    return {
+        "teacher": config.models.teacher,
+        "student": config.models.student,
+        "seed": config.seed,
+        "warmup_samples_per_prompt": config.warmup.samples_per_prompt,
+        "warmup_epochs": config.warmup.epochs,
+        **{f"rounds_{name}": value for name, value in config.rounds.model_dump().items()},
+        "max_new_tokens": config.rollout.max_new_tokens,
+        "temperature": config.rollout.temperature,
+        "form": config.selection.form,
+        "tau": config.selection.tau,
+        "top_k": config.annotator.top_k,
+        "tail": config.training.tail,
+        "kd_lambda": config.training.kd_lambda,
+        "lr": config.training.lr,
+        "sequence_length": config.training.sequence_length,
+        "global_batch_size": config.training.global_batch_size,
+        "trainer_ranks": config.training.world_size,
+        "kl_limit": config.near_policy.kl_limit,
+    }
+
+
+def _records(run: RunDirectory) -> list[Record]:
+    return [record for record in read_metrics(run.metrics("trainer").parent) if "role" in record and "event" in record]
+
+
+def _events(records: list[Record], event: str) -> Iterable[Record]:
+    return (record for record in records if record["event"] == event and "version" in record)
+
+
+def _samples_students(record: Record) -> bool:
+    return record["role"].startswith("rollout") and record["role"] != TEACHER_ROLE
+
+
+def _read_columns(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
+    """A few columns of a shard without reading the rest (the annotation is most of it); {} if it is not readable.
+
+    The checksum covers the whole file and is not looked at: a report never renames what others work on.
+    """
+    try:
+        with safe_open(path, framework="numpy") as shard:
+            return {name: shard.get_tensor(name) for name in names}
+    except (SafetensorError, OSError) as error:
+        logger.warning("left out of the report: %s (%s)", path, error)
+        return {}
+
+
+def _json_or_empty(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path)
+    except (OSError, ValueError):
+        return {}
+
+
+def _number(record: Record, key: str) -> float | None:
+    """A finite number of a record, or None."""
+    value = record.get(key)
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _finite(records: Iterable[Record], key: str) -> list[float]:
+    return [value for record in records if (value := _number(record, key)) is not None]
+
+
+def _seconds(record: Record) -> float | None:
+    return _number(record, "seconds") or _number(record, "perf/seconds")
+
+
+def _ratio(numerator: float, denominator: float) -> float | None:
+    return numerator / denominator if denominator else None
+
+
+def _reduction(before: float | None, after: float | None) -> float | None:
+    """Fraction of `before` that is gone."""
+    return 1.0 - after / before if before and after is not None else None
+
+
+def _json_value(value: Any) -> Any:
+    """The same value with None for NaN and infinities, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _json_value(entry) for key, entry in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

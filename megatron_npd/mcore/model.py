@@ -1,0 +1,129 @@
+"""Building Megatron-Core GPT models from Hugging Face dimensions, and running them on packed batches."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_npd.hf_config import ModelDims
+from megatron_npd.mcore.attention import attention_module, packed_sequences
+from megatron_npd.parallel import Parallel
+
+
+class RMSNorm(torch.nn.Module):
+    """RMSNorm whose weight is marked for sequence parallelism (Megatron's local one refuses it)."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: object):
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int) -> int:
+    """Rows of the embedding over all ranks: the next multiple of the tensor-parallel size."""
+    return -(-vocab_size // tensor_model_parallel_size) * tensor_model_parallel_size
+
+
+def valid_vocab_columns(vocab_size: int, parallel: Parallel) -> int:
+    """Columns of this rank's logits that are real tokens; the rest is padding and enters no softmax."""
+    local = padded_vocab_size(vocab_size, parallel.tp_size) // parallel.tp_size
+    return min(max(vocab_size - parallel.tp_rank * local, 0), local)
+
+
+def build_gpt(
+    dims: ModelDims,
+    parallel: Parallel,
+    dtype: torch.dtype,
+    attention_backend: str,
+    sequence_parallel: bool = False,
+) -> GPTModel:
+    """This rank's part of a GPT model with uninitialised meaning: load weights before use.
+
+    `forward(ids [1, T], positions [1, T], None, packed_seq_params=...)` gives logits [1, T, V / TP] on the last
+    pipeline stage, hidden states on the others.
+    """
+    config = TransformerConfig(
+        num_layers=dims.num_layers,
+        hidden_size=dims.hidden_size,
+        num_attention_heads=dims.num_heads,
+        num_query_groups=dims.num_kv_heads,
+        kv_channels=dims.head_dim,
+        ffn_hidden_size=dims.intermediate_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=dims.rms_norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=parallel.tp_size,
+        pipeline_model_parallel_size=parallel.pp_size,
+        sequence_parallel=sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        # Gradients are sums over tokens, divided once by the global batch's response tokens.
+        calculate_per_token_loss=True,
+        finalize_model_grads_func=finalize_model_grads,
+        use_cpu_initialization=parallel.device == "cpu",
+        gradient_accumulation_fusion=False,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+    )
+    model = GPTModel(
+        config,
+        _block_spec(config, attention_backend),
+        vocab_size=padded_vocab_size(dims.vocab_size, parallel.tp_size),
+        max_sequence_length=dims.max_positions,
+        pre_process=parallel.is_first_stage,
+        post_process=parallel.is_last_stage,
+        parallel_output=True,
+        share_embeddings_and_output_weights=dims.tied_embeddings,
+        position_embedding_type="rope",
+        rotary_base=dims.rope_theta,
+    )
+    return model.to(dtype=dtype, device=parallel.device)
+
+
+def forward_packed(model: torch.nn.Module, tokens_T: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """One forward over a packed batch: logits [T, V / TP] on the last stage, else hidden states for the next."""
+    lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
+    starts_T = torch.repeat_interleave(cu_seqlens[:-1].long(), lengths, output_size=len(tokens_T))
+    positions_T = torch.arange(len(tokens_T), device=tokens_T.device) - starts_T
+    output = model(tokens_T[None], positions_T[None], None, packed_seq_params=packed_sequences(cu_seqlens))
+    return output[0] if parallel_state.is_pipeline_last_stage() else output
+
+
+def named_parameters(model: GPTModel) -> dict[str, torch.nn.Parameter]:
+    """Parameters by name with layers numbered over the whole model, whatever pipeline stage this is."""
+    numbers = {index: layer.layer_number - 1 for index, layer in enumerate(model.decoder.layers)}
+
+    def to_global(name: str) -> str:
+        return re.sub(r"decoder\.layers\.(\d+)", lambda m: f"decoder.layers.{numbers[int(m.group(1))]}", name)
+
+    return {to_global(name): parameter for name, parameter in model.named_parameters()}
+
+
+def _block_spec(config: TransformerConfig, attention_backend: str) -> TransformerBlockSubmodules:
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+    layer.submodules.input_layernorm = RMSNorm
+    layer.submodules.pre_mlp_layernorm = RMSNorm
+    layer.submodules.self_attention.submodules.core_attention = ModuleSpec(attention_module(attention_backend))
+    layers = get_num_layers_to_build(config)
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)

@@ -1,0 +1,97 @@
+"""Starting torch.distributed and Megatron's model parallelism, and describing it as a `Parallel`."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_npd.mcore import cpu
+from megatron_npd.parallel import Parallel
+
+RENDEZVOUS = "NPD_RENDEZVOUS"
+"""Environment variable: a file path all ranks of one start share. Without it, torchrun's MASTER_ADDR is used."""
+
+
+def initialize(
+    tensor_model_parallel_size: int = 1,
+    pipeline_model_parallel_size: int = 1,
+    seed: int = 1234,
+    timeout: timedelta = timedelta(minutes=30),
+) -> Parallel:
+    """Join the other ranks (RANK and WORLD_SIZE from the environment; alone without) and lay out the groups.
+
+    Raises:
+        ValueError: WORLD_SIZE is not a multiple of tensor × pipeline parallel size.
+    """
+    cpu.install()
+    from megatron.core import parallel_state, tensor_parallel
+
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    tp, pp = tensor_model_parallel_size, pipeline_model_parallel_size
+    if world_size % (tp * pp):
+        raise ValueError(f"WORLD_SIZE = {world_size}: must be a multiple of TP × PP = {tp} × {pp}")
+    device = "cpu"
+    if torch.cuda.is_available():
+        device = f"cuda:{int(os.environ.get('LOCAL_RANK', rank % torch.cuda.device_count()))}"
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group(
+            "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl",
+            init_method=_init_method(world_size),
+            rank=rank,
+            world_size=world_size,
+            timeout=timeout,
+        )
+    parallel_state.initialize_model_parallel(tp, pp)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    dp = parallel_state.get_data_parallel_world_size()
+    return Parallel(
+        rank=rank,
+        world_size=world_size,
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=tp,
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_size=pp,
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=dp,
+        tp_group=parallel_state.get_tensor_model_parallel_group() if tp > 1 else None,
+        dp_group=parallel_state.get_data_parallel_group() if dp > 1 else None,
+        device=device,
+    )
+
+
+def shutdown() -> None:
+    """Leave the groups; safe to call when nothing was started."""
+    from megatron.core import parallel_state
+
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    dist.barrier()
+
+
+def broadcast_object(value: object, source: int = 0) -> object:
+    """The `source` rank's value on every rank (pickled between ranks of one role only)."""
+    box = [value]
+    dist.broadcast_object_list(box, src=source)
+    return box[0]
+
+
+def _init_method(world_size: int) -> str:
+    if RENDEZVOUS in os.environ:
+        return f"file://{Path(os.environ[RENDEZVOUS]).resolve()}"
+    if "MASTER_ADDR" in os.environ:
+        return "env://"
+    if world_size > 1:
+        raise ValueError(f"WORLD_SIZE = {world_size}: needs {RENDEZVOUS} or MASTER_ADDR to find the other ranks")
+    return f"file://{tempfile.mkdtemp(prefix='npd_rendezvous_')}/store"

@@ -1,0 +1,400 @@
+"""The report of a run: one self-contained `report.html`, no script, no network, readable on a phone.
+
+A section is a heading, one sentence that says how to read the plot, and the plot as an SVG image inside the page.
+What is not there yet says so: a running or broken run has a report too.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from megatron_npd.run_directory import HELDOUT_STAGE, WARMUP_STAGE, write_atomically
+from megatron_npd.schema import Verdict
+
+Record = dict[str, Any]
+Scores = dict[str, np.ndarray]
+
+INK, MUTED, BLUE, ORANGE, GREEN, RED, GREY = "#1c2430", "#667085", "#2563eb", "#d97706", "#059669", "#dc2626", "#98a2b3"
+VERDICTS = {Verdict.KEPT: GREEN, Verdict.DEGENERATE: ORANGE, Verdict.COGNITIVE_DISCONNECT: RED}
+STAGES = {HELDOUT_STAGE: GREY, WARMUP_STAGE: "#e5a83b"}
+ROUNDS = (BLUE, "#14b8a6", "#7c3aed", "#0ea5e9")
+SCATTER_POINTS, SCATTER_PANELS = 3000, 4
+STYLE = {
+    "axes.edgecolor": "#d5dae1",
+    "axes.labelcolor": MUTED,
+    "axes.titlecolor": INK,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#eceff3",
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "text.parse_math": False,
+    "svg.hashsalt": "npd",
+    "figure.constrained_layout.use": True,
+}
+
+
+def render_report(summary: dict[str, Any], records: list[Record], scores: Scores, path: Path) -> None:
+    """Write the page.
+
+    Args:
+        summary: of `launch.summary.summarise`; any value may be None or absent.
+        records: metrics of all roles, by time.
+        scores: `ifd_teacher`, `ifd_student`, `delta_ifd` float64 [N], `verdict` uint8 [N], `round` int64 [N].
+        path: `report.html`; it appears whole or stays as it was.
+    """
+    settings = summary.get("settings") or {}
+    tau, limit, steps = settings.get("tau", math.nan), settings.get("kl_limit"), distinct_steps(records)
+    with matplotlib.rc_context(STYLE):
+        plots = [
+            ("Held-out KL", READ_HELDOUT, plot_heldout(summary.get("heldout_kl_by_version") or {}, settings)),
+            ("Training loss", READ_LOSS, plot_loss(steps)),
+            ("Δ-IFD: what the filter saw", READ_SCATTER, plot_scatter(scores, tau)),
+            ("Δ-IFD: distribution", READ_HISTOGRAM, plot_histogram(scores, tau)),
+            ("Roles over time", READ_ROLES, plot_roles(records, steps)),
+            ("Near-policy drift", READ_DRIFT, plot_drift(steps, limit)),
+        ]
+        sections = "".join(_section(*plot) for plot in plots)
+    body = _headline(summary) + _round_table(summary) + sections + _details(summary)
+    title = escape(f"Near-policy distillation: {summary.get('run', 'run')}")
+    write_atomically(path, PAGE.replace("{title}", title).replace("{body}", body).encode())
+
+
+def distinct_steps(records: list[Record]) -> list[Record]:
+    """Optimizer steps by number; of one redone after a restart, the last record."""
+    steps = {record["step"]: record for record in records if record.get("event") == "step" and "step" in record}
+    return [steps[number] for number in sorted(steps)]
+
+
+def plot_heldout(kl_by_version: dict[str, float | None], settings: dict[str, Any]) -> Figure | None:
+    """Held-out KL of each version, its value written beside it."""
+    points = [(int(version), kl) for version, kl in kl_by_version.items() if kl is not None]
+    if not points:
+        return None
+    figure, axes = _axes(3.0, "policy version", "nats a token")
+    versions, values = zip(*sorted(points), strict=True)
+    axes.plot(versions, values, color=BLUE, marker="o", linewidth=2)
+    first_round = 1 if settings.get("warmup_samples_per_prompt") else 0
+    for version, value in zip(versions, values, strict=True) if len(points) <= 12 else ():
+        axes.annotate(f"{value:.3f}", (version, value), (0, 8), textcoords="offset points", ha="center", color=INK)
+    if len(points) <= 12:
+        names = {0: "before", 1: "warm-up"} if first_round else {0: "before"}
+        axes.set_xticks(versions, [f"v{v}\n{names.get(v, f'round {v - first_round}')}" for v in versions])
+    axes.set_ylim(0, max(values) * 1.18)
+    axes.margins(x=0.08)
+    return figure
+
+
+def plot_loss(steps: list[Record]) -> Figure | None:
+    """Loss, CE and KD by step over shaded stages."""
+    series = [("train/ce", "CE", GREY), ("train/kd", "KD", ORANGE), ("train/loss", "loss", BLUE)]
+    lines = [(label, colour, *_series(steps, key)) for key, label, colour in series]
+    if not any(len(x) for _, _, x, _ in lines):
+        return None
+    figure, axes = _axes(3.4, "optimizer step", "nats a token")
+    _shade_stages(axes, steps)
+    for label, colour, x, y in lines:
+        axes.plot(x, y, color=colour, linewidth=1.8 if label == "loss" else 1.1, label=label, **_marker(x))
+    axes.legend(ncols=8, loc="upper right")
+    return figure
+
+
+def plot_scatter(scores: Scores, tau: float) -> Figure | None:
+    """IFD of student (x) and teacher (y) with the zones, one panel a round; at most the first and the last rounds."""
+    finite = np.isfinite(scores["ifd_student"]) & np.isfinite(scores["ifd_teacher"])
+    rounds = np.unique(scores["round"][finite])
+    if len(rounds) > SCATTER_PANELS:
+        rounds = np.concatenate([rounds[: SCATTER_PANELS // 2], rounds[-SCATTER_PANELS // 2 :]])
+    if not len(rounds):
+        return None
+    right, top = (max(1.2, 1.1 * np.quantile(scores[f"ifd_{m}"][finite], 0.995)) for m in ("student", "teacher"))
+    columns = min(len(rounds), 2)
+    figure = Figure(figsize=(8, 3.9 * -(-len(rounds) // columns)))
+    panels = figure.subplots(-(-len(rounds) // columns), columns, squeeze=False, sharex=True, sharey=True).flat
+    for panel in list(panels)[len(rounds) :]:
+        panel.set_axis_off()
+    for index, panel in zip(rounds, panels, strict=False):
+        rows = np.flatnonzero(finite & (scores["round"] == index))
+        shown = np.random.default_rng(0).permutation(rows)[:SCATTER_POINTS]
+        colours = [VERDICTS.get(verdict, GREY) for verdict in scores["verdict"][shown]]
+        x = np.array([0.0, right])
+        panel.fill_between(x, x, x + tau, color=GREEN, alpha=0.07, linewidth=0)
+        for offset, label in ((0.0, "Δ = 0"), (tau, f"Δ = τ = {tau:g}")):
+            panel.plot(x, x + offset, color=INK, linewidth=1, linestyle="-" if offset == 0 else "--", label=label)
+        panel.scatter(
+            scores["ifd_student"][shown],
+            scores["ifd_teacher"][shown],
+            s=9,
+            c=colours,
+            alpha=0.65,
+            linewidths=0,
+            rasterized=True,
+        )
+        panel.set(xlim=(0, right), ylim=(0, top), title=f"round {index + 1}: {len(rows):,} samples")
+        panel.set(xlabel="IFD student", ylabel="IFD teacher")
+    _verdict_legend(figure, scores["verdict"][finite])
+    return figure
+
+
+def plot_histogram(scores: Scores, tau: float) -> Figure | None:
+    """Δ-IFD of every scored sample, stacked by verdict."""
+    finite = np.isfinite(scores["delta_ifd"])
+    delta, verdicts = scores["delta_ifd"][finite], scores["verdict"][finite]
+    if not len(delta):
+        return None
+    low, high = np.quantile(delta, [0.002, 0.998])
+    edges = np.linspace(min(low, -0.1), max(high, 1.1 * tau if tau > 0 else 0.1), 61)
+    outside = int(np.sum((delta < edges[0]) | (delta > edges[-1])))
+    groups = [(colour, delta[verdicts == verdict]) for verdict, colour in VERDICTS.items()]
+    groups.append((GREY, delta[~np.isin(verdicts, list(VERDICTS))]))
+    figure, axes = _axes(3.2, "Δ-IFD" + (f"  ({outside:,} samples lie outside)" if outside else ""), "samples")
+    axes.hist([part for _, part in groups], bins=edges, stacked=True, color=[colour for colour, _ in groups])
+    for value, label in ((0.0, "0"), (tau, "τ")):
+        axes.axvline(value, color=INK, linewidth=1, linestyle="-" if value == 0 else "--")
+        axes.annotate(label, (value, 1), (4, -2), xycoords=("data", "axes fraction"), textcoords="offset points")
+    _verdict_legend(figure, verdicts)
+    return figure
+
+
+def plot_roles(records: list[Record], steps: list[Record]) -> Figure | None:
+    """Samples and trained tokens so far, over a Gantt chart of the roles; one time axis."""
+    busy = [(record, seconds) for record in records if (seconds := _seconds(record))]
+    if not busy:
+        return None
+    begin = min(record["time"] - seconds for record, seconds in busy)
+    span = max(record["time"] for record, _ in busy) - begin
+    unit, scale = next((name, n) for name, n in (("h", 3600), ("min", 60), ("s", 1)) if span > 3 * n or n == 1)
+    lanes = list(dict.fromkeys(record["role"] for record, _ in busy))
+    figure = Figure(figsize=(8, 3.6 + 0.34 * len(lanes)))
+    samples, tokens, gantt = figure.subplots(3, 1, sharex=True, height_ratios=[1.6, 1, 0.5 + 0.34 * len(lanes)])
+
+    def cumulate(axes: Axes, chosen: list[Record], key: str, label: str, colour: str) -> None:
+        x, y = _series(chosen, key, "time")
+        axes.step((x - begin) / scale, np.cumsum(y), where="post", color=colour, label=label, linewidth=1.6)
+
+    in_rounds = [r for r in records if r.get("event") == "unit" and str(r.get("stage", "")).startswith("round_")]
+    cumulate(samples, [r for r in in_rounds if "kept" not in r], "samples", "generated", BLUE)
+    cumulate(samples, [r for r in in_rounds if "kept" in r], "kept", "kept", GREEN)
+    cumulate(tokens, steps, "train/response_tokens", "trained on", ORANGE)
+    for axes, label in ((samples, "samples of\nthe rounds"), (tokens, "response\ntokens")):
+        axes.set_ylabel(label)
+        axes.yaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
+        axes.legend(loc="upper left")
+    stages = list(dict.fromkeys(record.get("stage") or "no stage" for record, _ in busy))
+    for lane, role in enumerate(lanes):
+        for stage in stages:
+            mine = [(r, s) for r, s in busy if r["role"] == role and (r.get("stage") or "no stage") == stage]
+            bars = [((r["time"] - s - begin) / scale, s / scale) for r, s in mine]
+            gantt.broken_barh(bars, (lane - 0.36, 0.72), color=_stage_colour(stage), linewidth=0.4, rasterized=True)
+    gantt.set(yticks=range(len(lanes)), yticklabels=lanes, ylim=(len(lanes) - 0.5, -0.5), xlabel=f"time, {unit}")
+    gantt.grid(axis="y", visible=False)
+    patches = [Patch(color=_stage_colour(stage), label=_stage_name(stage)) for stage in stages[:8]]
+    figure.legend(handles=patches, loc="outside lower center", ncols=4)
+    return figure
+
+
+def plot_drift(steps: list[Record], limit: float | None) -> Figure | None:
+    """Near-policy KL by step of the rounds, with its limit."""
+    rounds = [step for step in steps if str(step.get("stage", "")).startswith("round_")]
+    x, y = _series(rounds, "near_policy/kl")
+    if not len(x):
+        return None
+    figure, axes = _axes(3.0, "optimizer step", "nats a token")
+    _shade_stages(axes, rounds)
+    axes.plot(x, y, color=BLUE, linewidth=1.6, **_marker(x))
+    if limit is not None:
+        axes.axhline(limit, color=RED, linestyle="--", linewidth=1)
+        axes.annotate(f"limit {limit:g}", (0, limit), (6, 4), xycoords=("axes fraction", "data"), color=RED,
+                      textcoords="offset points")  # fmt: skip
+    axes.set_ylim(min(0.0, 1.1 * y.min()), 1.25 * max(y.max(), limit or 0.0))
+    return figure
+
+
+def _axes(height: float, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(8, height))
+    axes = figure.subplots()
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    return figure, axes
+
+
+def _series(records: list[Record], key: str, x: str = "step") -> tuple[np.ndarray, np.ndarray]:
+    """The finite values of a key and where they lie, float64 [n] each."""
+    pairs = [(r[x], r[key]) for r in records if isinstance(r.get(key), int | float) and math.isfinite(r[key])]
+    return np.array(pairs, dtype=np.float64).reshape(-1, 2).T
+
+
+def _seconds(record: Record) -> float:
+    return record.get("seconds") or record.get("perf/seconds") or 0.0
+
+
+def _marker(x: np.ndarray) -> dict[str, Any]:
+    """A few points are marked: a line of one point would not show."""
+    return {"marker": "o", "markersize": 3} if len(x) < 40 else {}
+
+
+def _shade_stages(axes: Axes, steps: list[Record]) -> None:
+    starts = [i for i in range(len(steps)) if i == 0 or steps[i].get("stage") != steps[i - 1].get("stage")]
+    for start, end in zip(starts, [*starts[1:], len(steps)], strict=True):
+        first, last = steps[start]["step"] - 0.5, steps[end - 1]["step"] + 0.5
+        stage = steps[start].get("stage") or "no stage"
+        axes.axvspan(first, last, color=_stage_colour(stage), alpha=0.09, linewidth=0)
+        if len(starts) <= 6:
+            axes.text(first, 1.01, f" {_stage_name(stage)}", transform=axes.get_xaxis_transform(), color=MUTED, size=9)
+
+
+def _stage_colour(stage: str) -> str:
+    number = stage.removeprefix("round_")
+    return ROUNDS[int(number) % len(ROUNDS)] if number.isdecimal() else STAGES.get(stage, "#475467")
+
+
+def _stage_name(stage: str) -> str:
+    """Rounds count from 1 for people."""
+    number = stage.removeprefix("round_")
+    return f"round {int(number) + 1}" if number.isdecimal() else {WARMUP_STAGE: "warm-up"}.get(stage, stage)
+
+
+def _verdict_legend(figure: Figure, verdicts: np.ndarray) -> None:
+    labels = [(colour, _words(verdict.name)) for verdict, colour in VERDICTS.items()] + [(GREY, "other reason")]
+    present = {VERDICTS.get(verdict, GREY) for verdict in verdicts}
+    patches = [Patch(color=colour, label=label) for colour, label in labels if colour in present]
+    figure.legend(handles=patches, loc="outside lower center", ncols=4)
+
+
+def _section(title: str, how_to_read: str, figure: Figure | None) -> str:
+    """HTML of one plot; the image is an SVG of its own, so that ids of two plots cannot clash."""
+    shown = '<p class="absent">Nothing to draw yet: no such data in the run directory.</p>'
+    if figure is not None:
+        svg = io.BytesIO()
+        figure.savefig(svg, format="svg", dpi=160, metadata={"Date": None})
+        source = base64.b64encode(svg.getvalue()).decode()
+        shown = f'<div class="plot"><img alt="{escape(title)}" src="data:image/svg+xml;base64,{source}"></div>'
+    return f"<section><h2>{escape(title)}</h2><p>{escape(how_to_read)}</p>{shown}</section>\n"
+
+
+def _headline(summary: dict[str, Any]) -> str:
+    """The figures most readers came for."""
+    path = ("heldout_kl_before", "heldout_kl_after_warmup", "heldout_kl_after")
+    kl = " → ".join(_figure(summary.get(key), ".3f") for key in path if key != path[1] or summary.get(key) is not None)
+    reduction = (summary.get("heldout_kl_reduction") or {}).get("whole_run")
+    kept, generated = summary.get("rollouts_kept"), summary.get("rollouts_generated")
+    rejected = {reason: n for reason, n in (summary.get("rollouts_rejected") or {}).items() if n}
+    reasons = ", ".join(f"{_words(reason)} {n:,}" for reason, n in rejected.items()) or "none rejected"
+    wall = (summary.get("wall_seconds_by_phase") or {}).get("total")
+    drift = (summary.get("near_policy_kl") or {}).get("max")
+    cards = [
+        ("Held-out KL, nats a token", kl, f"{_figure(reduction, '.1%')} less than at the start"),
+        ("Samples kept", f"{_figure(kept, ',')} of {_figure(generated, ',')}", reasons if kept is not None else ""),
+        ("Optimizer steps", _figure(summary.get("optimizer_steps"), ","),
+         f"{_figure(summary.get('trained_tokens'), ',')} response tokens"),
+        ("Wall time", _duration(wall), f"largest near-policy KL {_figure(drift, '.3f')}"),
+    ]  # fmt: skip
+    card = '<div class="card"><span>{}</span><strong>{}</strong><small>{}</small></div>'
+    return '<div class="cards">' + "".join(card.format(*map(escape, texts)) for texts in cards) + "</div>\n"
+
+
+def _round_table(summary: dict[str, Any]) -> str:
+    """Kept and rejected, by round; only reasons that occurred have a column."""
+    rounds = summary.get("rollouts_by_round") or {}
+    reasons = [reason for reason, n in (summary.get("rollouts_rejected") or {}).items() if n]
+    head = ["", "generated", "kept", *map(_words, reasons)]
+    rows = [
+        [_stage_name(stage), entry["generated"], entry["kept"], *((entry["rejected"] or {}).get(r) for r in reasons)]
+        for stage, entry in rounds.items()
+    ]
+    return _table(head, rows) if rows else ""
+
+
+def _details(summary: dict[str, Any]) -> str:
+    """Speed, settings and versions, folded away."""
+    speed = [[f"{role}, tokens/s", rate] for role, rate in (summary.get("tokens_per_second_by_role") or {}).items()]
+    keys = ("attention_backend", "packing_efficiency", "git_commit")
+    rows = speed + [[_words(key), summary.get(key)] for key in keys]
+    rows += [[_words(key), value] for key, value in (summary.get("settings") or {}).items()]
+    rows += [[name, version] for name, version in (summary.get("versions") or {}).items()]
+    return f"<details><summary>Speed, settings and versions</summary>{_table([], rows)}</details>"
+
+
+def _table(head: list[str], rows: list[list[Any]]) -> str:
+    def line(cells: list[Any], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{escape(_figure(cell, ''))}</{tag}>" for cell in cells) + "</tr>"
+
+    lines = ([line(head, "th")] if head else []) + [line(row, "td") for row in rows]
+    return f'<div class="table"><table>{"".join(lines)}</table></div>\n'
+
+
+def _figure(value: Any, form: str) -> str:
+    """A number as text, a dash for one that is not known yet."""
+    if value is None:
+        return "–"
+    return format(value, form or ("," if isinstance(value, int) else ".4g" if isinstance(value, float) else ""))
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "–"
+    hours, minutes = int(seconds // 3600), int(seconds % 3600 // 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {int(seconds % 60):02d} s"
+
+
+def _words(name: str) -> str:
+    return name.lower().replace("_", " ")
+
+
+READ_HELDOUT = (
+    "KL(teacher ‖ student) on the teacher's answers to prompts never trained on, for each published version: lower is "
+    "better, 0 would be the teacher itself."
+)
+READ_LOSS = (
+    "loss = (1 − λ)·CE + λ·KD and its two parts; the shading is the stage trained on, and a jump where it changes is "
+    "new data, not a fault."
+)
+READ_SCATTER = (
+    "Each point is a sample, further up the harder for the teacher, further right the harder for the student: the "
+    "green band (0 ≤ Δ ≤ τ) is kept, below it the student is unsure of its own words, above it the teacher finds them "
+    "nearly impossible."
+)
+READ_HISTOGRAM = (
+    "The same samples by Δ-IFD = IFD teacher − IFD student, coloured by what became of them: much mass just outside a "
+    "line shows what moving τ, or a cooler sampling temperature, would let in."
+)
+READ_ROLES = (
+    "One lane a role, a bar while it works, coloured by stage; above it what had come out by then: a gap in the "
+    "trainer's lane is waiting, which more sidecars or an earlier rounds.publish_at shorten."
+)
+READ_DRIFT = (
+    "KL(current student ‖ the snapshot that sampled the data), estimated at each step of the rounds: it should fall "
+    "back at every refresh and stay below the dashed limit."
+)
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><style>
+body { font: 16px/1.5 system-ui, sans-serif; color: #1c2430; background: #f5f6f8; margin: 0 auto; max-width: 880px;
+  padding: 1rem; }
+h1 { font-size: 1.35rem; overflow-wrap: anywhere; } h2 { font-size: 1.1rem; margin: 0; }
+section, .card, .table, details { background: #fff; border: 1px solid #e3e7ec; border-radius: 8px; padding: 1rem; }
+section, .table, details { margin-top: 1rem; } section p { color: #475467; margin: .3rem 0 .8rem; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(195px, 1fr)); gap: .75rem; }
+.card span, .card small { color: #667085; display: block; font-size: .82rem; } .card strong { font-size: 1.2rem; }
+.plot, .table { overflow-x: auto; } .plot img { display: block; width: 100%; min-width: 560px; }
+.absent { font-style: italic; } table { border-collapse: collapse; font-size: .88rem; } details .table { border: 0; }
+td, th { padding: .25rem .8rem .25rem 0; text-align: right; } td:first-child, th:first-child { text-align: left; }
+th { color: #667085; font-weight: 600; } details td { text-align: left; overflow-wrap: anywhere; }
+</style></head><body><h1>{title}</h1>
+{body}</body></html>
+"""

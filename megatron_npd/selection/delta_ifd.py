@@ -1,0 +1,145 @@
+"""Δ-IFD: which samples are learnable. Pure numpy, float64 throughout.
+
+For a model m, prompt x and response y, with NLLs that are means over the same response tokens (nats a token):
+
+    IFD_m(x, y) = exp(NLL_m(y|x)) / exp(NLL_m(y))     form "ppl"  (Superfiltering, arXiv 2402.00530)
+                  NLL_m(y|x) / NLL_m(y)               form "loss" (Cherry LLM, arXiv 2308.12032)
+    Δ-IFD(x, y) = IFD_teacher(x, y) - IFD_student(x, y)
+
+    Δ < 0           degenerate: the student is less sure of its own sample than the teacher
+    0 ≤ Δ ≤ τ       learnable: kept, both ends included
+    Δ > τ           cognitive disconnect: beyond the student's reach
+
+τ of one form means nothing in the other. A rejected sample keeps its scores: τ is tuned from them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from megatron_npd.schema import FinishReason, Verdict
+
+IfdForm = Literal["ppl", "loss"]
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Scores and verdicts of N samples, in the order they were given."""
+
+    ifd_teacher: np.ndarray
+    """float64 [N]; NaN or infinite where it is undefined, never replaced by a number."""
+    ifd_student: np.ndarray
+    """float64 [N], the same."""
+    delta_ifd: np.ndarray
+    """float64 [N], ifd_teacher - ifd_student."""
+    verdict: np.ndarray
+    """uint8 [N], `schema.Verdict`."""
+
+
+def ifd(nll_conditional: np.ndarray, nll_unconditional: np.ndarray, form: IfdForm) -> np.ndarray:
+    """IFD of samples, float64 [N].
+
+    Args:
+        nll_conditional: NLL_m(y|x), [N], nats a token.
+        nll_unconditional: NLL_m(y), [N], over the same tokens.
+        form: "ppl" is exp(NLL_m(y|x) - NLL_m(y)), which overflows only where the ratio itself does; "loss" is
+            NLL_m(y|x) / NLL_m(y).
+
+    A NaN or infinite NLL gives NaN (not the 0 that exp(-inf) or x / inf would); a ratio too large for float64, or
+    one over 0, gives inf or NaN.
+
+    Raises:
+        ValueError: another form.
+    """
+    conditional = np.asarray(nll_conditional, dtype=np.float64)
+    unconditional = np.asarray(nll_unconditional, dtype=np.float64)
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        if form == "ppl":
+            ratio = np.exp(conditional - unconditional)
+        elif form == "loss":
+            ratio = conditional / unconditional
+        else:
+            raise ValueError(f"form = {form!r}: must be 'ppl' or 'loss'")
+    return np.where(np.isfinite(conditional) & np.isfinite(unconditional), ratio, np.nan)
+
+
+def judge(
+    nll_teacher_conditional: np.ndarray,
+    nll_teacher_unconditional: np.ndarray,
+    nll_student_conditional: np.ndarray,
+    nll_student_unconditional: np.ndarray,
+    response_lengths: np.ndarray,
+    finish_reasons: np.ndarray,
+    out_of_vocabulary: np.ndarray,
+    *,
+    form: IfdForm,
+    tau: float,
+    reject_truncated: bool,
+    by_delta: bool = True,
+) -> Judgement:
+    """Score N samples and say of each whether it is trained on.
+
+    A sample has one verdict, the first that applies of
+
+        ABORTED               finish_reasons is ABORT
+        OUT_OF_VOCABULARY     out_of_vocabulary
+        EMPTY                 response_lengths is 0
+        NON_FINITE            an IFD is NaN or infinite
+        TRUNCATED             finish_reasons is LENGTH, and reject_truncated
+        DEGENERATE            Δ < 0
+        COGNITIVE_DISCONNECT  Δ > τ
+        KEPT
+
+    The first three cannot have been scored at all, so they explain a NaN and come before NON_FINITE; what is left of
+    NON_FINITE is a fault of the numerics, which a truncated response must not hide.
+
+    Args:
+        nll_teacher_conditional: NLLs, [N], nats a token, mean over the response tokens; so are the other three.
+        response_lengths: int [N], tokens of content: the end token does not count, so that a response of the end
+            token alone has length 0 and is EMPTY.
+        finish_reasons: uint8 [N], `schema.FinishReason`.
+        out_of_vocabulary: bool [N], whether an id is unknown to one of the models.
+        tau: largest Δ-IFD that is kept.
+        by_delta: False for the teacher's own responses, which no student scored: the student's NLLs are NaN by
+            design, Δ is NaN, and neither counts; NON_FINITE is then about the teacher's IFD alone.
+
+    Raises:
+        ValueError: inputs of different lengths, or an unknown form.
+    """
+    inputs = (
+        nll_teacher_conditional,
+        nll_teacher_unconditional,
+        nll_student_conditional,
+        nll_student_unconditional,
+        response_lengths,
+        finish_reasons,
+        out_of_vocabulary,
+    )
+    if len({np.shape(column) for column in inputs}) != 1 or np.ndim(response_lengths) != 1:
+        raise ValueError(f"inputs must all be [N], got shapes {[np.shape(column) for column in inputs]}")
+
+    teacher = ifd(nll_teacher_conditional, nll_teacher_unconditional, form)
+    student = ifd(nll_student_conditional, nll_student_unconditional, form)
+    with np.errstate(invalid="ignore"):
+        delta = teacher - student
+    scored = np.isfinite(teacher) & np.isfinite(student) if by_delta else np.isfinite(teacher)
+    finish = np.asarray(finish_reasons)
+
+    reasons = [
+        (Verdict.ABORTED, finish == FinishReason.ABORT),
+        (Verdict.OUT_OF_VOCABULARY, np.asarray(out_of_vocabulary, dtype=bool)),
+        (Verdict.EMPTY, np.asarray(response_lengths) <= 0),
+        (Verdict.NON_FINITE, ~scored),
+        (Verdict.TRUNCATED, (finish == FinishReason.LENGTH) & reject_truncated),
+    ]
+    if by_delta:
+        reasons += [(Verdict.DEGENERATE, delta < 0.0), (Verdict.COGNITIVE_DISCONNECT, ~(delta <= tau))]
+    verdict = np.select(
+        [applies for _, applies in reasons],
+        [np.uint8(reason) for reason, _ in reasons],
+        default=np.uint8(Verdict.KEPT),
+    )
+    return Judgement(teacher, student, delta, verdict.astype(np.uint8))

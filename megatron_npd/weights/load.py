@@ -1,0 +1,89 @@
+"""Loading a Hugging Face checkpoint into this rank's Megatron parameters."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from megatron_npd.errors import UserError
+from megatron_npd.hf_config import ModelDims
+from megatron_npd.parallel import Parallel
+from megatron_npd.weights.name_map import all_hugging_face_names, hugging_face_names, rules_for
+
+
+def load_hugging_face(
+    parameters: Mapping[str, torch.Tensor], folder: str | Path, dims: ModelDims, parallel: Parallel
+) -> None:
+    """Copy a checkpoint into `parameters` (names as `mcore.model.named_parameters` gives them), cast to their dtype.
+
+    Nothing is copied before every name and shape was found right.
+
+    Raises:
+        UserError: a tensor is missing, superfluous or of the wrong shape, or a file cannot be read.
+    """
+    rules = rules_for(dims)
+    with _open_checkpoint(Path(folder)) as files:
+        _check_names(Path(folder), set(files), dims)
+        for name, parameter in parameters.items():
+            if _shard(files, folder, name, rules, dims, parallel, shape_only=True) != tuple(parameter.shape):
+                raise UserError(f"{folder}: {name} does not fit the dimensions in config.json")
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(_shard(files, folder, name, rules, dims, parallel))
+
+
+def _shard(
+    files: dict[str, Any],
+    folder: str | Path,
+    name: str,
+    rules: Mapping[str, Any],
+    dims: ModelDims,
+    parallel: Parallel,
+    shape_only: bool = False,
+) -> Any:
+    """This rank's shard of one parameter, or with `shape_only` its shape without reading data."""
+    rule, layer = rules[name]
+    tensors = []
+    for hf_name in hugging_face_names(rule, layer):
+        if shape_only:
+            tensors.append(torch.empty(files[hf_name].get_slice(hf_name).get_shape(), device="meta"))
+        else:
+            tensors.append(files[hf_name].get_tensor(hf_name))
+    try:
+        shard = rule.layout.shard(tensors, dims, parallel.tp_rank, parallel.tp_size)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{folder}: {', '.join(hugging_face_names(rule, layer))}: wrong shape ({error})") from None
+    return tuple(shard.shape) if shape_only else shard
+
+
+@contextlib.contextmanager
+def _open_checkpoint(folder: Path) -> Iterator[dict[str, Any]]:
+    """Tensor name -> open safetensors file, for every file of a checkpoint."""
+    paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
+        raise UserError(f"{folder}: holds no *.safetensors file; must be a Hugging Face checkpoint")
+    with contextlib.ExitStack() as stack:
+        tensors: dict[str, Any] = {}
+        for path in paths:
+            try:
+                file = stack.enter_context(safe_open(path, "pt"))
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{path}: not a readable safetensors file ({error})") from None
+            tensors.update(dict.fromkeys(file.keys(), file))
+        yield tensors
+
+
+def _check_names(folder: Path, found: set[str], dims: ModelDims) -> None:
+    expected = set(all_hugging_face_names(dims))
+    if dims.tied_embeddings:
+        found = found - {"lm_head.weight"}  # some writers store the tied head twice
+    found = {name for name in found if not name.endswith("rotary_emb.inv_freq")}  # derived, in old checkpoints
+    for what, names in (("missing", expected - found), ("not known to this family", found - expected)):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise UserError(f"{folder}: tensor {min(names)}{more} {what}")

@@ -1,0 +1,77 @@
+"""Tiny random Llama checkpoints for tests: real files, clearly different distributions, made in well under a second."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from megatron_npd.buffer.versions import PARITY, write_manifest
+from megatron_npd.run_directory import write_json
+
+EOS = 2
+VOCAB_SIZE = 128
+
+
+def make_llama(
+    folder: Path,
+    seed: int,
+    *,
+    tied: bool = False,
+    dtype: torch.dtype = torch.float32,
+    files: int = 1,
+    initializer_range: float = 0.15,
+    **overrides: int | float,
+) -> Path:
+    """Write a Hugging Face Llama checkpoint of about 60 thousand parameters and return its folder.
+
+    Two layers, hidden 64, two heads of 32 (vLLM's CPU attention crashes below), end token `EOS`. `files` > 1 splits
+    the weights as pipeline stages would; `overrides` are further `LlamaConfig` fields.
+    """
+    fields = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "max_position_embeddings": 256,
+        "initializer_range": initializer_range,
+    } | overrides
+    config = LlamaConfig(**fields, tie_word_embeddings=tied, bos_token_id=1, eos_token_id=EOS, dtype=dtype)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config).to(dtype)
+    model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=EOS)
+    total = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    model.save_pretrained(folder, max_shard_size=total // files + 1)
+    return folder
+
+
+def hf_logprobs(folder: Path, sequences: list[list[int]]) -> list[list[float]]:
+    """Hugging Face's log p(token t | tokens before t) for t >= 1, nats, in the checkpoint's dtype."""
+    model = LlamaForCausalLM.from_pretrained(folder).eval()
+    return [_logprobs(model, sequence) for sequence in sequences]
+
+
+def publish(folder: Path, version: int, probe_seed: int = 0) -> Path:
+    """Make a checkpoint folder a published version: parity.json from Hugging Face's logprobs, then version.json."""
+    sequences = probe_sequences(probe_seed)
+    write_json(folder / PARITY, {"sequences": sequences, "logprobs": hf_logprobs(folder, sequences)})
+    write_manifest(folder, version)
+    return folder
+
+
+def probe_sequences(seed: int = 0, count: int = 3, length: int = 12) -> list[list[int]]:
+    """Random token sequences, without the end token."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCAB_SIZE, (count, length), generator=generator).tolist()
+
+
+@torch.no_grad()
+def _logprobs(model: LlamaForCausalLM, sequence: list[int]) -> list[float]:
+    logits_TV = model(torch.tensor([sequence])).logits[0, :-1].float()
+    targets_T1 = torch.tensor(sequence[1:])[:, None]
+    return logits_TV.log_softmax(-1).gather(1, targets_T1)[:, 0].tolist()
