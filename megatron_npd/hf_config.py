@@ -30,6 +30,15 @@ class ModelDims:
     max_positions: int
     tied_embeddings: bool
 
+    def padded_kv_heads(self, tensor_model_parallel_size: int) -> int:
+        """Key-value heads (each with its query heads) when split over ranks: the next multiple of their number.
+
+        The added heads have zero weights: their values and output columns are zero, so they add nothing to any
+        activation, receive zero gradients, and stay zero. Checkpoints never contain them. This lets SmolLM2 (9
+        heads, 3 key-value heads) train at TP 2.
+        """
+        return -(-self.num_kv_heads // tensor_model_parallel_size) * tensor_model_parallel_size
+
 
 def read_model_dims(folder: str | Path) -> ModelDims:
     """Dimensions of the checkpoint in `folder`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.collections import PathCollection
 
 from megatron_npd.buffer.plan import Stage, make_plan
 from megatron_npd.buffer.shards import Shard, concatenate_ragged, write_shard
@@ -19,8 +21,9 @@ from megatron_npd.errors import UserError
 from megatron_npd.launch.inspect import WIDTH, inspect
 from megatron_npd.launch.summary import collect_scores, summarise, write_report
 from megatron_npd.observe.metrics import Metrics
+from megatron_npd.observe.report import plot_histogram, plot_scatter
 from megatron_npd.run_directory import RunDirectory, read_json, write_atomically, write_json
-from megatron_npd.schema import SAMPLE_COLUMNS, TEACHER_VERSION, FinishReason, Verdict
+from megatron_npd.schema import ROLLOUT_COLUMNS, TEACHER_VERSION, FinishReason, Verdict
 from megatron_npd.selection.delta_ifd import judge
 
 PROMPTS, EOS, TOP_K = 40, 0, 2
@@ -80,7 +83,7 @@ def finished(started: tuple[RunDirectory, Config], clock: Clock) -> tuple[RunDir
     for stage in make_plan(config, PROMPTS, PROMPTS).stages.values():
         for unit in range(stage.units):
             shard = sample_shard(stage, unit, config)
-            rollout = {name: column for name, column in shard.columns.items() if name in COLUMNS_OF_ROLLOUTS}
+            rollout = {name: column for name, column in shard.columns.items() if name in ROLLOUT_COLUMNS}
             write_shard(run.unit("rollouts", stage.name, unit), Shard("rollouts", rollout, {}))
             write_shard(run.unit("samples", stage.name, unit), shard)
     for version, kl in enumerate(HELDOUT_KL):
@@ -88,11 +91,6 @@ def finished(started: tuple[RunDirectory, Config], clock: Clock) -> tuple[RunDir
         write_json(run.evaluation(version), figures)
     write_metrics(run, config, clock)
     return run, config
-
-
-COLUMNS_OF_ROLLOUTS = {
-    name for name in SAMPLE_COLUMNS if not name.startswith(("nll", "ifd", "delta", "verd", "topk", "tail"))
-}
 
 
 def make_tokenizer(folder: Path) -> Path:
@@ -142,7 +140,7 @@ def sample_shard(stage: Stage, unit: int, config: Config) -> Shard:
     nlls[0, rows == 1] = 1.75
     nlls[2:, rows == 1] = [[1.2], [2.3]]
     if by_teacher:
-        nlls[2:] = np.nan
+        nlls[1:] = np.nan
     judgement = judge(
         *nlls,
         np.full(len(rows), 5),
@@ -201,6 +199,7 @@ def write_metrics(run: RunDirectory, config: Config, clock: Clock) -> None:
 
     log("supervisor", "phase", 2.0, name="prepare")
     log("trainer", "start", 3.0, attention_backend="reference", parameters=74_000_000)
+    log("annotator", "start", 3.0, attention_backend="torch_varlen")
     number = 0
     for version, stage in enumerate(make_plan(config, PROMPTS, PROMPTS).stages.values(), start=-1):
         sampler = "rollout_teacher" if stage.version == TEACHER_VERSION else "rollout"
@@ -245,8 +244,7 @@ def write_metrics(run: RunDirectory, config: Config, clock: Clock) -> None:
 
 def test_summary_of_a_finished_run(finished: tuple[RunDirectory, Config]) -> None:
     run, config = finished
-    summary = write_report(run, config)
-    assert read_json(run.summary) == summary
+    summary = summarise(run, config)
     assert summary["rollouts_generated"] == 2 * PROMPTS
     scores = collect_scores(run)
     assert summary["rollouts_kept"] == np.sum(scores["verdict"] == Verdict.KEPT) > 20
@@ -254,7 +252,8 @@ def test_summary_of_a_finished_run(finished: tuple[RunDirectory, Config]) -> Non
     assert summary["rollouts_kept"] + sum(summary["rollouts_rejected"].values()) == summary["rollouts_generated"]
     assert summary["rollouts_rejected"]["truncated"] > 0 and summary["rollouts_rejected"]["aborted"] > 0
     assert list(summary["rollouts_by_round"]) == ["round_0000", "round_0001"]
-    assert (summary["warmup_responses"], summary["rounds"], summary["refreshes"]) == (PROMPTS, 2, 2)
+    assert 20 < summary["warmup_kept"] < PROMPTS
+    assert (summary["warmup_responses"], summary["rounds"], summary["refreshes"]) == (PROMPTS, 2, 1)
     assert summary["optimizer_steps"] == 18, "steps done again after a restart count once"
     assert summary["trained_tokens"] == 18_000
     assert summary["packing_efficiency"] == pytest.approx(0.75)
@@ -276,13 +275,29 @@ def test_summary_of_a_finished_run(finished: tuple[RunDirectory, Config]) -> Non
 
 def test_the_page_is_whole_and_escaped(finished: tuple[RunDirectory, Config]) -> None:
     run, config = finished
-    write_report(run, config)
+    summary = write_report(run, config)
+    assert read_json(run.summary) == summary == summarise(run, config)
     page = run.report.read_text()
     assert all(section in page for section in SECTIONS)
     assert page.count("data:image/svg+xml;base64,") == 6 and "Nothing to draw" not in page
     assert "<script" not in page and "run <b>" not in page and "run &lt;b&gt;" in page
     assert "http" not in page, "self-contained"
     assert "4.000 → 2.000 → 1.000" in page and "75.0% less" in page
+
+
+def test_every_scored_sample_is_drawn(finished: tuple[RunDirectory, Config]) -> None:
+    """An axes without its points is easy to make and hard to see in a test of the page."""
+    scores = collect_scores(finished[0])
+    figure = plot_scatter(scores, tau=0.8)
+    assert figure is not None
+    drawn = [len(c.get_offsets()) for axes in figure.axes for c in axes.collections if isinstance(c, PathCollection)]
+    scored = np.isfinite(scores["delta_ifd"])
+    assert drawn == [np.sum(scored & (scores["round"] == index)) for index in (0, 1)]
+    histogram = plot_histogram(scores, tau=0.8)
+    assert histogram is not None
+    heights = sum(bar.get_height() for bar in histogram.axes[0].patches)
+    outside = re.search(r"(\d+) samples lie outside", histogram.axes[0].get_xlabel())
+    assert heights + int(outside.group(1) if outside else 0) == np.sum(scored)
 
 
 def test_a_run_that_has_not_begun(started: tuple[RunDirectory, Config]) -> None:
@@ -313,13 +328,18 @@ def test_a_broken_run(finished: tuple[RunDirectory, Config]) -> None:
     assert run.unit("samples", "round_0000", 1).exists(), "a report moves nothing"
 
 
-def test_every_prefix_of_the_metrics_makes_a_page(finished: tuple[RunDirectory, Config]) -> None:
+def test_a_run_that_has_just_begun(finished: tuple[RunDirectory, Config]) -> None:
+    """Every role has written a few lines and nothing else is there."""
     run, config = finished
+    for kind in ("rollouts", "samples", "evaluation"):
+        shutil.rmtree(run.root / kind)
     whole = {path: path.read_text().splitlines() for path in (run.root / "metrics").iterdir()}
-    for lines in (1, 2, 7):
+    for lines in (7, 1, 2):
         for path, text in whole.items():
             path.write_text("\n".join(text[:lines]))
-        assert write_report(run, config)["wall_seconds_by_phase"]["total"] > 0
+        assert summarise(run, config)["wall_seconds_by_phase"]["total"] > 0
+    assert write_report(run, config)["rollouts_generated"] is None
+    assert run.report.read_text().count("Nothing to draw yet") == 4
 
 
 def show(run: RunDirectory, **options: Any) -> list[str]:
@@ -335,7 +355,7 @@ def test_inspect_prints_what_was_rejected(finished: tuple[RunDirectory, Config])
     text = "\n".join(lines)
     assert "  │ What is" in text and "[user]" not in text, "the last user turn, not the whole template"
     assert "policy v1" in text and "Δ-IFD" in text and "KEPT   " not in text
-    assert not any(line.startswith("── heldout") for line in show(run, rejected=True, stage="warmup"))
+    assert any("by the teacher" in line for line in show(run, rejected=True, stage="warmup", limit=1))
 
 
 def test_inspect_spells_out_control_characters(finished: tuple[RunDirectory, Config]) -> None:
@@ -371,7 +391,7 @@ def test_inspect_refuses_what_it_cannot_show(started: tuple[RunDirectory, Config
     run, _ = started
     assert show(run) == ["No such sample (yet)."] and show(run, as_json=True) == []
     for options, message in (
-        ({"stage": "round_7"}, r"--stage round_7: must be one of heldout, warmup, round_0000, round_0001$"),
+        ({"stage": "round_7"}, r"--stage round_7: must be one of warmup, round_0000, round_0001$"),
         ({"reason": "boring"}, r"--reason boring: must be one of kept, degenerate, cognitive_disconnect"),
         ({"reason": "empty", "kept": True}, r"--reason empty: contradicts --kept"),
         ({"limit": -1}, r"--limit -1"),

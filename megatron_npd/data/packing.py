@@ -79,29 +79,51 @@ def pack(lengths: np.ndarray, capacity: int) -> list[list[int]]:
     return packs
 
 
-def collate(samples: list[TrainingSample], capacity: int, padding_id: int = 0) -> PackedBatch:
-    """Lay samples one after another in a pack of `capacity` positions. An empty list gives padding alone."""
-    tokens = np.full(capacity, padding_id, dtype=np.int64)
-    bounds, rows = [0], []
-    for sample in samples:
-        start, end = bounds[-1], bounds[-1] + sample.length
-        tokens[start:end] = np.concatenate([sample.prompt_ids, sample.response_ids])[:-1]
-        rows.append(np.arange(start + len(sample.prompt_ids) - 1, end, dtype=np.int64))
-        bounds.append(end)
-    if bounds[-1] < capacity:
-        bounds.append(capacity)
+def lay_out(
+    pairs: list[tuple[np.ndarray, np.ndarray]], capacity: int | None = None, padding_id: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Lay (prefix, response) pairs one after another, each without its last token.
 
-    def joined(name: str, dtype: str, empty_shape: tuple[int, ...]) -> np.ndarray:
+    Args:
+        pairs: token ids; every prefix holds at least one token, so that the first response token is predicted.
+        capacity: positions of the result, filled up with one padding sequence; None: just what is needed.
+
+    Returns:
+        tokens int64 [T], cu_seqlens int32 [sequences + 1], and the rows int64 [N] that predict a response token, in
+        order of the pairs.
+    """
+    lengths = [len(prefix) + len(response) - 1 for prefix, response in pairs]
+    used = sum(lengths)
+    total = used if capacity is None else capacity
+    tokens = np.full(total, padding_id, dtype=np.int64)
+    bounds, rows = [0], []
+    for (prefix, response), length in zip(pairs, lengths, strict=True):
+        start, end = bounds[-1], bounds[-1] + length
+        tokens[start:end] = np.concatenate([prefix, response])[:-1]
+        rows.append(np.arange(start + len(prefix) - 1, end, dtype=np.int64))
+        bounds.append(end)
+    if used < total:
+        bounds.append(total)
+    flat_rows = np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64)
+    return tokens, np.array(bounds, dtype=np.int32), flat_rows
+
+
+def collate(samples: list[TrainingSample], capacity: int, top_k: int) -> PackedBatch:
+    """One pack of `capacity` positions. An empty list gives padding alone."""
+    pairs = [(sample.prompt_ids, sample.response_ids) for sample in samples]
+    tokens, cu_seqlens, rows = lay_out(pairs, capacity)
+
+    def joined(name: str, dtype: str, empty_shape: tuple[int, ...] = (0,)) -> np.ndarray:
         parts = [getattr(sample, name) for sample in samples] or [np.zeros(empty_shape)]
         return np.concatenate(parts).astype(dtype)
 
     return PackedBatch(
         tokens=tokens,
-        cu_seqlens=np.array(bounds, dtype=np.int32),
-        rows=np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64),
-        targets=joined("response_ids", "int64", (0,)),
-        behaviour_logprobs=joined("behaviour_logprobs", "float32", (0,)),
-        topk_ids=joined("topk_ids", "int64", (0, 1)),
-        topk_logprobs=joined("topk_logprobs", "float32", (0, 1)),
-        tail_mass=joined("tail_mass", "float32", (0,)),
+        cu_seqlens=cu_seqlens,
+        rows=rows,
+        targets=joined("response_ids", "int64"),
+        behaviour_logprobs=joined("behaviour_logprobs", "float32"),
+        topk_ids=joined("topk_ids", "int64", (0, top_k)),
+        topk_logprobs=joined("topk_logprobs", "float32", (0, top_k)),
+        tail_mass=joined("tail_mass", "float32"),
     )

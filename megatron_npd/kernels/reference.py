@@ -69,6 +69,15 @@ def topk_logprobs(
     return ids_TK, best_TK - lse_T[:, None], torch.exp(tail_lse_T - lse_T)
 
 
+def top_token(logits_TV: torch.Tensor, parallel: Parallel, valid: int) -> torch.Tensor:
+    """The most probable id, int64 [T]; the lowest of equals."""
+    first = parallel.tp_rank * logits_TV.shape[1]
+    best = [z_CV.max(-1) for _, z_CV in _chunks(logits_TV, valid)]
+    value_RT = _gather(torch.cat([b.values for b in best]), parallel)
+    id_RT = _gather(torch.cat([b.indices for b in best]) + first, parallel)
+    return id_RT.gather(0, value_RT.argmax(0, keepdim=True))[0]
+
+
 def forward_kl(teacher_TV: torch.Tensor, student_TV: torch.Tensor, parallel: Parallel, valid: int) -> torch.Tensor:
     """KL(teacher || student) over the whole vocabulary, float32 [T], nats. No gradient."""
     lses = [

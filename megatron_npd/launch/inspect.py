@@ -67,7 +67,8 @@ def inspect(
     if not run.config.is_file():
         raise UserError(f"{run_dir}: not a run directory: it has no {run.config.name}")
     config = load_config(run.config)
-    stages = make_plan(config, train_prompts=1, heldout_prompts=1).stages
+    # The held-out stage has no samples: it is evaluated, not judged.
+    stages = {stage.name: stage for stage in make_plan(config, 1, 1).training_stages}
     if stage is not None and stage not in stages:
         raise UserError(f"--stage {stage}: must be one of {', '.join(stages)}")
     if limit < 0:
@@ -205,7 +206,10 @@ def _sample_lines(sample: dict[str, Any], config: Config) -> Iterator[str]:
             f"IFD {_number(sample[f'ifd_{model}'])}"
         )
     selection = config.selection
-    yield f"  Δ-IFD  {_number(sample['delta_ifd'], '+')}   kept: 0 to τ = {selection.tau:g} ({selection.form} form)"
+    rule = (
+        f"0 to τ = {selection.tau:g} ({selection.form} form)" if version >= 0 else "whatever it is (the teacher's own)"
+    )
+    yield f"  Δ-IFD  {_number(sample['delta_ifd'], '+')}   kept: {rule}"
     for part in ("prompt", "response"):
         yield f"  {part}"
         yield from _block(sample[part])

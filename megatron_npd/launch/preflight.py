@@ -10,18 +10,19 @@ from megatron_npd.config import Config
 from megatron_npd.errors import UserError
 from megatron_npd.launch.checkpoint import Checkpoint, check_checkpoint
 from megatron_npd.launch.prompts import TokenisedPrompts, shared_tokenizer, tokenised_splits
+from megatron_npd.teacher.prefix import unconditional_prefix
 
 logger = logging.getLogger(__name__)
 
 CONFIG_JSON_NAMES = {
     "num_heads": "num_attention_heads",
-    "num_kv_heads": "num_key_value_heads",
     "intermediate_size": "intermediate_size",
     "num_layers": "num_hidden_layers",
 }
 """Field of `ModelDims` -> what config.json, and so the user, calls it."""
 
-SPLIT_BY_TENSOR_PARALLEL = ("num_heads", "num_kv_heads", "intermediate_size")
+SPLIT_BY_TENSOR_PARALLEL = ("intermediate_size",)
+"""Heads and vocabulary are padded to fit (`ModelDims.padded_kv_heads`, `mcore.model.padded_vocab_size`)."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ def preflight(config: Config) -> Inputs:
             teacher.dims.vocab_size,
             student.dims.vocab_size,
         )
+    unconditional_prefix(tokenizer, config.selection.unconditional_prefix)
     prompts = config.prompts
     train, heldout = tokenised_splits(tokenizer, prompts.train, prompts.heldout, prompts.max_prompt_tokens)
     if config.rounds.prompts_per_round > len(train.names):
@@ -75,6 +77,12 @@ def check_models(config: Config) -> tuple[Checkpoint, Checkpoint]:
                 f"prompts.max_prompt_tokens + rollout.max_new_tokens = {longest}: must not exceed "
                 f"max_position_embeddings = {checkpoint.dims.max_positions} of {checkpoint}"
             )
+    ranks = config.annotator.tensor_model_parallel_size
+    if ranks > 1 and teacher.dims.vocab_size != student.dims.vocab_size:
+        raise UserError(  # the ranks' slices of the two vocabularies would not line up
+            f"annotator.tensor_model_parallel_size = {ranks}: must be 1 while vocab_size is {teacher.dims.vocab_size} "
+            f"of {teacher} but {student.dims.vocab_size} of {student}"
+        )
     if config.annotator.top_k > vocabulary:
         raise UserError(f"annotator.top_k = {config.annotator.top_k}: must not exceed the vocab_size = {vocabulary}")
     return teacher, student

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,79 +14,73 @@ from megatron_npd.launch.processes import Command
 from megatron_npd.run_directory import RunDirectory
 
 TRAINER, ANNOTATOR = "trainer", "annotator"
-ROLLOUT = {"teacher": "rollout_teacher", "student": "rollout_student"}
-"""Policy -> role name."""
+ROLLOUT = {"teacher": "rollout_teacher", "student": "rollout"}
+"""Policy -> role name, as `rollout.sidecar.ROLE_NAMES` has it (not imported: it brings an engine along)."""
 
 
 @dataclass(frozen=True)
 class Role:
-    """Processes that work as one. All exit with status 0 once `is_done()`."""
+    """Processes that work as one. All exit with status 0 when nothing is left for them to do."""
 
     name: str
-    commands: list[Command]
+    commands: Callable[[], list[Command]]
+    """The processes of one start; asked for again at each start, because ranks must meet at a fresh place."""
     is_done: Callable[[], bool]
-    """Whether the run directory shows that nothing is left for this role to do."""
+    """Whether the run directory shows that nothing is left to do. May become false again: see `supervisor`."""
 
 
 def roles_of(config: Config, run: RunDirectory, plan: Plan, scratch: Path) -> list[Role]:
-    """Every role of a run that has work left. `scratch`: an empty folder that lives as long as the processes."""
-    trainer_ranks, annotator_ranks = config.training.world_size, config.annotator.tensor_model_parallel_size
+    """Every role of a run. `scratch`: a folder that lives as long as the processes."""
 
-    def rollout(policy: str, stages: Sequence[Stage]) -> Role:
+    def ranks(name: str, world_size: int) -> Callable[[], list[Command]]:
+        return lambda: _ranks(name, run, world_size, scratch, role_environment(config, name))
+
+    def rollout(policy: str) -> Callable[[], list[Command]]:
         name = ROLLOUT[policy]
         argv = [*_npd("rollout", run), "--policy", policy]
-        return Role(
-            name,
-            [Command(name, argv, run.log(name), thread_limits(config, "rollout"))],
-            lambda: _all_units(run, "rollouts", stages),
-        )
+        return lambda: [Command(name, argv, run.log(name), role_environment(config, "rollout"))]
 
-    roles = [
-        Role(
-            TRAINER,
-            _ranks(TRAINER, run, trainer_ranks, scratch, thread_limits(config, TRAINER)),
-            lambda: run.version(plan.final_version).is_dir() and run.student.is_dir(),
-        ),
-        Role(
-            ANNOTATOR,
-            _ranks(ANNOTATOR, run, annotator_ranks, scratch, thread_limits(config, ANNOTATOR)),
-            lambda: _all_units(run, "samples", plan.stages.values()) and run.evaluation(plan.final_version).is_file(),
-        ),
-        rollout("teacher", plan.teacher_stages),
-        rollout("student", plan.round_stages),
+    def is_annotated() -> bool:
+        return _all_units(run, "samples", plan.training_stages) and run.evaluation(plan.final_version).is_file()
+
+    return [
+        Role(TRAINER, ranks(TRAINER, config.training.world_size), run.student.is_dir),
+        Role(ANNOTATOR, ranks(ANNOTATOR, config.annotator.tensor_model_parallel_size), is_annotated),
+        Role(ROLLOUT["teacher"], rollout("teacher"), lambda: _all_units(run, "rollouts", plan.teacher_stages)),
+        Role(ROLLOUT["student"], rollout("student"), lambda: _all_units(run, "rollouts", plan.round_stages)),
     ]
-    return [role for role in roles if not role.is_done()]
 
 
-def thread_limits(config: Config, role: str) -> dict[str, str]:
-    """Environment that limits the CPU threads of a process of `trainer`, `annotator` or `rollout`."""
+def role_environment(config: Config, role: str) -> dict[str, str]:
+    """What a process of `trainer`, `annotator` or `rollout` needs in its environment before it imports anything."""
     threads = {"trainer": config.training, "annotator": config.annotator, "rollout": config.rollout}[role].threads
-    return {"OMP_NUM_THREADS": str(threads)}
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        "HF_HUB_OFFLINE": "1",  # everything lies on this filesystem; a look-up elsewhere would only hang
+        "TOKENIZERS_PARALLELISM": "false",
+    }
 
 
 def _ranks(name: str, run: RunDirectory, world_size: int, scratch: Path, env: dict[str, str]) -> list[Command]:
-    """One process a rank. They meet at a file that no earlier start has used, so no port is needed."""
-    return [
-        Command(
-            name if rank == 0 else f"{name}.rank{rank}",
-            _npd(name, run),
-            run.log(name if rank == 0 else f"{name}.rank{rank}"),
-            env
-            | {
-                "RANK": str(rank),
-                "WORLD_SIZE": str(world_size),
-                "LOCAL_RANK": str(rank),
-                "NPD_RENDEZVOUS": str(scratch / f"{name}.rendezvous"),
-                "GLOO_SOCKET_IFNAME": "lo",
-            },
-        )
-        for rank in range(world_size)
-    ]
+    """One process a rank. They meet at a file in a folder of their own, so no port is needed."""
+    rendezvous = Path(tempfile.mkdtemp(prefix=f"{name}_", dir=scratch)) / "rendezvous"
+    commands = []
+    for rank in range(world_size):
+        process = name if rank == 0 else f"{name}.rank{rank}"
+        of_rank = {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "LOCAL_RANK": str(rank),
+            "NPD_RENDEZVOUS": str(rendezvous),
+            "GLOO_SOCKET_IFNAME": "lo",
+        }
+        commands.append(Command(process, _npd(name, run), run.log(process), env | of_rank))
+    return commands
 
 
 def _npd(command: str, run: RunDirectory) -> list[str]:
     return [sys.executable, "-m", "megatron_npd.cli", command, str(run.config.resolve())]
 
 
-def _all_units(run: RunDirectory, kind: str, stages: Sequence[Stage]) -> bool:
+def _all_units(run: RunDirectory, kind: str, stages: Iterable[Stage]) -> bool:
     return all(run.unit(kind, stage.name, unit).exists() for stage in stages for unit in range(stage.units))

@@ -7,7 +7,7 @@ Keys of `summarise`, in nats a token, seconds and tokens unless said otherwise:
 
     rollouts_generated, rollouts_kept, rollouts_rejected {reason: n}, rollouts_by_round {stage: the three}
     warmup_responses, warmup_kept
-    rounds (trained on so far), refreshes (snapshots the sidecars moved to), optimizer_steps
+    rounds (trained on so far), refreshes (changes of the snapshot that sampled the judged rollouts), optimizer_steps
     trained_tokens (response tokens, summed over steps), packing_efficiency (tokens / (tokens + padding))
     heldout_kl_before, _after_warmup, _after, _by_version {version: kl}, _reduction {whole_run, rounds: fraction}
     heldout_top1_agreement_by_version {version: fraction of tokens whose likeliest next id is the teacher's}
@@ -42,8 +42,8 @@ from megatron_npd.schema import Verdict
 logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
-SCORES = ("ifd_teacher", "ifd_student", "delta_ifd", "verdict")
-TEACHER_ROLE = "rollout_teacher"
+SCORES = {"ifd_teacher": "float64", "ifd_student": "float64", "delta_ifd": "float64"}
+SCORES |= {"verdict": "uint8", "policy_version": "int32", "round": "int64"}
 
 
 def write_report(run: RunDirectory, config: Config) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def summarise(run: RunDirectory, config: Config) -> dict[str, Any]:
     """The figures of a run (see the module), as JSON values without NaN."""
     records = _records(run)
     provenance = _json_or_empty(run.provenance)
-    starts = [record["attention_backend"] for record in records if "attention_backend" in record]
+    starts = [record for record in records if (record["role"], record["event"]) == ("trainer", "start")]
     summary = {
         "run": str(run.root),
         **_rollouts(run),
@@ -67,7 +67,7 @@ def summarise(run: RunDirectory, config: Config) -> dict[str, Any]:
         "tokens_per_second_by_role": _tokens_per_second(records),
         "wall_seconds_by_phase": _wall_seconds(records),
         "parity": _parity(records),
-        "attention_backend": starts[-1] if starts else None,
+        "attention_backend": starts[-1].get("attention_backend") if starts else None,
         "versions": provenance.get("packages"),
         "git_commit": provenance.get("git_commit"),
         "settings": _settings(config),
@@ -79,21 +79,19 @@ def collect_scores(run: RunDirectory) -> dict[str, np.ndarray]:
     """Scores of every judged sample of the rounds, in no particular order.
 
     Returns:
-        `ifd_teacher`, `ifd_student`, `delta_ifd` float64 [N]; `verdict` uint8 [N]; `round` int64 [N].
+        One array [N] for each name and dtype of SCORES; `round` counts from 0.
     """
-    parts: dict[str, list[np.ndarray]] = defaultdict(list)
+    parts: dict[str, list[np.ndarray]] = {name: [np.zeros(0, dtype)] for name, dtype in SCORES.items()}
     for index in itertools.count():
         folder = run.unit("samples", round_stage(index), 0).parent
         if not folder.is_dir():
             break
         for path in sorted(folder.glob("unit_*.safetensors")):
-            columns = _read_columns(path, SCORES)
+            columns = _read_columns(path, SCORES.keys() - {"round"})
             for name, column in columns.items():
                 parts[name].append(column)
             parts["round"].append(np.full(len(columns.get("verdict", ())), index, dtype=np.int64))
-    types = {"verdict": np.uint8, "round": np.int64}
-    names = (*SCORES, "round")
-    return {name: np.concatenate([np.zeros(0, types.get(name, np.float64)), *parts[name]]) for name in names}
+    return {name: np.concatenate(columns) for name, columns in parts.items()}
 
 
 def _rollouts(run: RunDirectory) -> dict[str, Any]:
@@ -115,6 +113,7 @@ def _rollouts(run: RunDirectory) -> dict[str, Any]:
         "rollouts_kept": whole["kept"],
         "rollouts_rejected": whole["rejected"],
         "rollouts_by_round": by_round or None,
+        "refreshes": len(np.unique(scores["policy_version"])) - 1 if len(scores["verdict"]) else None,
         "warmup_responses": _generated(run, WARMUP_STAGE),
         "warmup_kept": sum(int(np.sum(part == Verdict.KEPT)) for part in warmup) if warmup else None,
     }
@@ -143,12 +142,10 @@ def _training(records: list[Record]) -> dict[str, Any]:
     steps = distinct_steps(records)
     rounds = [step for step in steps if str(step.get("stage", "")).startswith("round_")]
     drift = _finite(rounds, "near_policy/kl")
-    refreshed = {record["version"] for record in _events(records, "refresh") if _samples_students(record)}
     computed = [(_number(step, "buffer/packing_efficiency"), _number(step, "perf/tokens")) for step in steps]
     weighed = [(share, tokens) for share, tokens in computed if share is not None and tokens]
     return {
         "rounds": len({step["stage"] for step in rounds}) if steps else None,
-        "refreshes": len(refreshed) if records else None,
         "optimizer_steps": len(steps) or None,
         "trained_tokens": sum(_finite(steps, "train/response_tokens")) if steps else None,
         "packing_efficiency": _ratio(sum(share * n for share, n in weighed), sum(n for _, n in weighed)),
@@ -200,9 +197,9 @@ def _wall_seconds(records: list[Record]) -> dict[str, Any] | None:
 
 
 def _parity(records: list[Record]) -> dict[str, Any] | None:
-    """Worst parity of any sidecar with the trainer after each refresh: |Δ log p|, nats a token."""
+    """Worst parity of any sidecar with the trainer, on starting with a version or moving to it: |Δ log p|, nats."""
     worst: dict[int, dict[str, float]] = defaultdict(dict)
-    for record in _events(records, "refresh"):
+    for record in (record for record in records if "version" in record):
         for name in ("mean", "max"):
             if (value := _number(record, f"parity_{name}")) is not None:
                 worst[record["version"]][name] = max(value, worst[record["version"]].get(name, 0.0))
@@ -234,14 +231,6 @@ def _settings(config: Config) -> dict[str, Any]:
 
 def _records(run: RunDirectory) -> list[Record]:
     return [record for record in read_metrics(run.metrics("trainer").parent) if "role" in record and "event" in record]
-
-
-def _events(records: list[Record], event: str) -> Iterable[Record]:
-    return (record for record in records if record["event"] == event and "version" in record)
-
-
-def _samples_students(record: Record) -> bool:
-    return record["role"].startswith("rollout") and record["role"] != TEACHER_ROLE
 
 
 def _read_columns(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:

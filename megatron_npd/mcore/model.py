@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 
 import torch
@@ -17,6 +18,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_npd.hf_config import ModelDims
 from megatron_npd.mcore.attention import attention_module, packed_sequences
 from megatron_npd.parallel import Parallel
+
+logger = logging.getLogger(__name__)
 
 
 class RMSNorm(torch.nn.Module):
@@ -37,10 +40,14 @@ def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int) -> int:
     return -(-vocab_size // tensor_model_parallel_size) * tensor_model_parallel_size
 
 
-def valid_vocab_columns(vocab_size: int, parallel: Parallel) -> int:
-    """Columns of this rank's logits that are real tokens; the rest is padding and enters no softmax."""
+def valid_vocab_columns(vocab_size: int, parallel: Parallel, limit: int | None = None) -> int:
+    """Columns of this rank's logits that are real tokens; the rest is padding and enters no softmax.
+
+    `limit`: only ids below it count as real (the vocabulary two models have in common).
+    """
     local = padded_vocab_size(vocab_size, parallel.tp_size) // parallel.tp_size
-    return min(max(vocab_size - parallel.tp_rank * local, 0), local)
+    real = vocab_size if limit is None else min(vocab_size, limit)
+    return min(max(real - parallel.tp_rank * local, 0), local)
 
 
 def build_gpt(
@@ -55,11 +62,16 @@ def build_gpt(
     `forward(ids [1, T], positions [1, T], None, packed_seq_params=...)` gives logits [1, T, V / TP] on the last
     pipeline stage, hidden states on the others.
     """
+    kv_heads = dims.padded_kv_heads(parallel.tp_size)
+    if kv_heads != dims.num_kv_heads:
+        logger.info(
+            "key-value heads padded with zeros from %d to %d for TP %d", dims.num_kv_heads, kv_heads, parallel.tp_size
+        )
     config = TransformerConfig(
         num_layers=dims.num_layers,
         hidden_size=dims.hidden_size,
-        num_attention_heads=dims.num_heads,
-        num_query_groups=dims.num_kv_heads,
+        num_attention_heads=kv_heads * (dims.num_heads // dims.num_kv_heads),
+        num_query_groups=kv_heads,
         kv_channels=dims.head_dim,
         ffn_hidden_size=dims.intermediate_size,
         normalization="RMSNorm",

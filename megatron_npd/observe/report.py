@@ -28,6 +28,7 @@ Scores = dict[str, np.ndarray]
 INK, MUTED, BLUE, ORANGE, GREEN, RED, GREY = "#1c2430", "#667085", "#2563eb", "#d97706", "#059669", "#dc2626", "#98a2b3"
 VERDICTS = {Verdict.KEPT: GREEN, Verdict.DEGENERATE: ORANGE, Verdict.COGNITIVE_DISCONNECT: RED}
 STAGES = {HELDOUT_STAGE: GREY, WARMUP_STAGE: "#e5a83b"}
+NO_STAGE = "starting, moving weights, evaluating"
 ROUNDS = (BLUE, "#14b8a6", "#7c3aed", "#0ea5e9")
 SCATTER_POINTS, SCATTER_PANELS = 3000, 4
 STYLE = {
@@ -92,7 +93,7 @@ def plot_heldout(kl_by_version: dict[str, float | None], settings: dict[str, Any
     axes.plot(versions, values, color=BLUE, marker="o", linewidth=2)
     first_round = 1 if settings.get("warmup_samples_per_prompt") else 0
     for version, value in zip(versions, values, strict=True) if len(points) <= 12 else ():
-        axes.annotate(f"{value:.3f}", (version, value), (0, 8), textcoords="offset points", ha="center", color=INK)
+        axes.annotate(f"{value:.3f}", (version, value), (5, 7), textcoords="offset points", color=INK)
     if len(points) <= 12:
         names = {0: "before", 1: "warm-up"} if first_round else {0: "before"}
         axes.set_xticks(versions, [f"v{v}\n{names.get(v, f'round {v - first_round}')}" for v in versions])
@@ -111,7 +112,8 @@ def plot_loss(steps: list[Record]) -> Figure | None:
     _shade_stages(axes, steps)
     for label, colour, x, y in lines:
         axes.plot(x, y, color=colour, linewidth=1.8 if label == "loss" else 1.1, label=label, **_marker(x))
-    axes.legend(ncols=8, loc="upper right")
+    axes.legend(ncols=3, loc="upper right")
+    axes.margins(x=0)
     return figure
 
 
@@ -123,11 +125,11 @@ def plot_scatter(scores: Scores, tau: float) -> Figure | None:
         rounds = np.concatenate([rounds[: SCATTER_PANELS // 2], rounds[-SCATTER_PANELS // 2 :]])
     if not len(rounds):
         return None
-    right, top = (max(1.2, 1.1 * np.quantile(scores[f"ifd_{m}"][finite], 0.995)) for m in ("student", "teacher"))
+    right, top = (max(0.5, 1.1 * np.quantile(scores[f"ifd_{m}"][finite], 0.995)) for m in ("student", "teacher"))
     columns = min(len(rounds), 2)
     figure = Figure(figsize=(8, 3.9 * -(-len(rounds) // columns)))
-    panels = figure.subplots(-(-len(rounds) // columns), columns, squeeze=False, sharex=True, sharey=True).flat
-    for panel in list(panels)[len(rounds) :]:
+    panels = figure.subplots(-(-len(rounds) // columns), columns, squeeze=False, sharex=True, sharey=True).ravel()
+    for panel in panels[len(rounds) :]:
         panel.set_axis_off()
     for index, panel in zip(rounds, panels, strict=False):
         rows = np.flatnonzero(finite & (scores["round"] == index))
@@ -136,7 +138,9 @@ def plot_scatter(scores: Scores, tau: float) -> Figure | None:
         x = np.array([0.0, right])
         panel.fill_between(x, x, x + tau, color=GREEN, alpha=0.07, linewidth=0)
         for offset, label in ((0.0, "Δ = 0"), (tau, f"Δ = τ = {tau:g}")):
-            panel.plot(x, x + offset, color=INK, linewidth=1, linestyle="-" if offset == 0 else "--", label=label)
+            panel.plot(x, x + offset, color=INK, linewidth=1, linestyle="-" if offset == 0 else "--")
+            end = min(right, top - offset)  # where the line leaves the panel
+            panel.annotate(label, (0.9 * end, 0.9 * end + offset), (-4, 2), textcoords="offset points", ha="right")
         panel.scatter(
             scores["ifd_student"][shown],
             scores["ifd_teacher"][shown],
@@ -158,8 +162,10 @@ def plot_histogram(scores: Scores, tau: float) -> Figure | None:
     delta, verdicts = scores["delta_ifd"][finite], scores["verdict"][finite]
     if not len(delta):
         return None
-    low, high = np.quantile(delta, [0.002, 0.998])
-    edges = np.linspace(min(low, -0.1), max(high, 1.1 * tau if tau > 0 else 0.1), 61)
+    low, high = np.quantile(delta, [0.005, 0.99])
+    low, high = min(low, -0.1), max(high, 1.1 * tau if tau > 0 else 0.1)
+    width = (high - low) / min(60, 15 + len(delta) // 20)
+    edges = width * np.arange(np.floor(low / width), np.ceil(high / width) + 1)  # 0 is one of them
     outside = int(np.sum((delta < edges[0]) | (delta > edges[-1])))
     groups = [(colour, delta[verdicts == verdict]) for verdict, colour in VERDICTS.items()]
     groups.append((GREY, delta[~np.isin(verdicts, list(VERDICTS))]))
@@ -180,6 +186,7 @@ def plot_roles(records: list[Record], steps: list[Record]) -> Figure | None:
     begin = min(record["time"] - seconds for record, seconds in busy)
     span = max(record["time"] for record, _ in busy) - begin
     unit, scale = next((name, n) for name, n in (("h", 3600), ("min", 60), ("s", 1)) if span > 3 * n or n == 1)
+    busy.sort(key=lambda pair: pair[0]["time"] - pair[1])
     lanes = list(dict.fromkeys(record["role"] for record, _ in busy))
     figure = Figure(figsize=(8, 3.6 + 0.34 * len(lanes)))
     samples, tokens, gantt = figure.subplots(3, 1, sharex=True, height_ratios=[1.6, 1, 0.5 + 0.34 * len(lanes)])
@@ -194,12 +201,13 @@ def plot_roles(records: list[Record], steps: list[Record]) -> Figure | None:
     cumulate(tokens, steps, "train/response_tokens", "trained on", ORANGE)
     for axes, label in ((samples, "samples of\nthe rounds"), (tokens, "response\ntokens")):
         axes.set_ylabel(label)
+        axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
         axes.legend(loc="upper left")
-    stages = list(dict.fromkeys(record.get("stage") or "no stage" for record, _ in busy))
+    stages = list(dict.fromkeys(_stage(record) for record, _ in busy))
     for lane, role in enumerate(lanes):
         for stage in stages:
-            mine = [(r, s) for r, s in busy if r["role"] == role and (r.get("stage") or "no stage") == stage]
+            mine = [(r, s) for r, s in busy if r["role"] == role and _stage(r) == stage]
             bars = [((r["time"] - s - begin) / scale, s / scale) for r, s in mine]
             gantt.broken_barh(bars, (lane - 0.36, 0.72), color=_stage_colour(stage), linewidth=0.4, rasterized=True)
     gantt.set(yticks=range(len(lanes)), yticklabels=lanes, ylim=(len(lanes) - 0.5, -0.5), xlabel=f"time, {unit}")
@@ -252,10 +260,15 @@ def _shade_stages(axes: Axes, steps: list[Record]) -> None:
     starts = [i for i in range(len(steps)) if i == 0 or steps[i].get("stage") != steps[i - 1].get("stage")]
     for start, end in zip(starts, [*starts[1:], len(steps)], strict=True):
         first, last = steps[start]["step"] - 0.5, steps[end - 1]["step"] + 0.5
-        stage = steps[start].get("stage") or "no stage"
+        stage = _stage(steps[start])
         axes.axvspan(first, last, color=_stage_colour(stage), alpha=0.09, linewidth=0)
         if len(starts) <= 6:
             axes.text(first, 1.01, f" {_stage_name(stage)}", transform=axes.get_xaxis_transform(), color=MUTED, size=9)
+
+
+def _stage(record: Record) -> str:
+    """What a record is about: its stage, or that of the supervisor's phase."""
+    return record.get("stage") or record.get("name") or NO_STAGE
 
 
 def _stage_colour(stage: str) -> str:
@@ -393,8 +406,10 @@ section, .table, details { margin-top: 1rem; } section p { color: #475467; margi
 .card span, .card small { color: #667085; display: block; font-size: .82rem; } .card strong { font-size: 1.2rem; }
 .plot, .table { overflow-x: auto; } .plot img { display: block; width: 100%; min-width: 560px; }
 .absent { font-style: italic; } table { border-collapse: collapse; font-size: .88rem; } details .table { border: 0; }
-td, th { padding: .25rem .8rem .25rem 0; text-align: right; } td:first-child, th:first-child { text-align: left; }
-th { color: #667085; font-weight: 600; } details td { text-align: left; overflow-wrap: anywhere; }
+td, th { padding: .25rem .8rem .25rem 0; text-align: right; white-space: nowrap; }
+td:first-child, th:first-child { text-align: left; }
+th { color: #667085; font-weight: 600; }
+details td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 </style></head><body><h1>{title}</h1>
 {body}</body></html>
 """

@@ -10,6 +10,7 @@ import itertools
 import logging
 import math
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,11 +129,6 @@ class RolloutEngine:
             raise RolloutError(f"this engine cannot be used any more: {self._broken}: {error}") from error
         self._served, self.version, self._broken = new, version, None
 
-    def close(self) -> None:
-        """Free the engine."""
-        self._broken = "it was closed"
-        self._llm.engine_core.shutdown()
-
     def _load(self, new: ServedVersion) -> None:
         """Replace the weights, between two steps, and everything that was computed with the old ones."""
         files = [str(file.resolve()) for file in new.files]
@@ -196,6 +192,7 @@ def _sampling(request: Request) -> Any:
         temperature=request.temperature,
         top_p=request.top_p,
         stop_token_ids=request.stop_token_ids,
+        ignore_eos=True,  # or the end tokens of the checkpoint's generation config would stop it as well
         logprobs=0,  # of the sampled token alone
         **_plain_output(),
     )
@@ -215,7 +212,13 @@ def _start_vllm(folder: Path, rollout: RolloutConfig, dtype: str, max_model_len:
 
     register()
     if on_cpu:
-        sizes = {"enforce_eager": True, "kv_cache_memory_bytes": int(rollout.kv_cache_gib * 2**30)}
+        sizes = {
+            "enforce_eager": True,
+            "kv_cache_memory_bytes": int(rollout.kv_cache_gib * 2**30),
+            # A prompt cut into chunks winds back its seeded generator, which torch's CPU generator cannot do.
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(max_model_len, 8192),
+        }
     else:
         sizes = {"gpu_memory_utilization": rollout.gpu_memory_utilization}
     return LLMEngine.from_engine_args(
@@ -226,7 +229,7 @@ def _start_vllm(folder: Path, rollout: RolloutConfig, dtype: str, max_model_len:
             max_num_seqs=rollout.max_num_seqs,
             tensor_parallel_size=rollout.tensor_model_parallel_size,
             skip_tokenizer_init=True,
-            generation_config="vllm",  # the stop ids are ours alone, not the checkpoint's
+            generation_config="vllm",  # no sampling defaults from the checkpoint
             logprobs_mode="raw_logprobs",
             enable_prefix_caching=True,
             weight_transfer_config={"backend": BACKEND} if updatable else None,
@@ -242,19 +245,24 @@ def _prepare_environment(threads: int) -> bool:
 
     What the user set stands, but for what this role cannot work without.
     """
+    # OpenMP threads that spin while they wait make a shared core ten times slower. Read when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
+    import torch._dynamo
 
     on_cpu = not torch.cuda.is_available()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     if on_cpu:
-        # Each start prints a dozen warnings about optional parts that a CPU engine lacks.
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        # Sampling would wait half a minute for a C++ compiler. The variable counts only before dynamo's import.
         os.environ["TORCH_COMPILE_DISABLE"] = "1"
+        torch._dynamo.config.disable = True
         # Not bound to cores: the roles of one machine would all be given the same ones.
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         os.environ["OMP_NUM_THREADS"] = str(threads)
         torch.set_num_threads(threads)
-    else:
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    # Each start on a CPU prints a dozen warnings about optional parts that it lacks.
+    level = os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR" if on_cpu else "WARNING").upper()
+    logging.getLogger("vllm").setLevel(level)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
     return on_cpu

@@ -73,7 +73,6 @@ def _run_teacher(sidecar: Sidecar) -> None:
     engine = _start_engine(sidecar, Path(sidecar.config.models.teacher), TEACHER_VERSION)
     for stage in stages:
         _work_off(sidecar, engine, stage)
-    engine.close()
 
 
 def _run_student(sidecar: Sidecar) -> None:
@@ -85,8 +84,6 @@ def _run_student(sidecar: Sidecar) -> None:
         engine = engine or _start_on_published(sidecar, stage.version)
         _reach_version(sidecar, engine, stage.version)
         _work_off(sidecar, engine, stage)
-    if engine:
-        engine.close()
 
 
 def _prepare(config: Config, role: str) -> Sidecar:

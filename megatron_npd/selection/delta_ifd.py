@@ -87,7 +87,7 @@ def judge(
         ABORTED               finish_reasons is ABORT
         OUT_OF_VOCABULARY     out_of_vocabulary
         EMPTY                 response_lengths is 0
-        NON_FINITE            an IFD is NaN or infinite
+        NON_FINITE            Δ is NaN or infinite
         TRUNCATED             finish_reasons is LENGTH, and reject_truncated
         DEGENERATE            Δ < 0
         COGNITIVE_DISCONNECT  Δ > τ
@@ -103,8 +103,9 @@ def judge(
         finish_reasons: uint8 [N], `schema.FinishReason`.
         out_of_vocabulary: bool [N], whether an id is unknown to one of the models.
         tau: largest Δ-IFD that is kept.
-        by_delta: False for the teacher's own responses, which no student scored: the student's NLLs are NaN by
-            design, Δ is NaN, and neither counts; NON_FINITE is then about the teacher's IFD alone.
+        by_delta: False for the teacher's own responses, which are trained on unfiltered: no student scores them and
+            no unconditional pass is made, those NLLs are NaN by design, and so is Δ. NON_FINITE is then about
+            nll_teacher_conditional alone.
 
     Raises:
         ValueError: inputs of different lengths, or an unknown form.
@@ -125,7 +126,7 @@ def judge(
     student = ifd(nll_student_conditional, nll_student_unconditional, form)
     with np.errstate(invalid="ignore"):
         delta = teacher - student
-    scored = np.isfinite(teacher) & np.isfinite(student) if by_delta else np.isfinite(teacher)
+    scored = np.isfinite(delta if by_delta else np.asarray(nll_teacher_conditional, dtype=np.float64))
     finish = np.asarray(finish_reasons)
 
     reasons = [

@@ -75,17 +75,33 @@ class GatedLinear:
 
 
 class FusedQKV:
-    """q, k, v interleaved by key-value group: [G, (H / G + 2) * D, ...], cut along G."""
+    """q, k, v interleaved by key-value group: [G, (H / G + 2) * D, ...], padded with zero groups and cut along G."""
 
     def shard(self, tensors: list[torch.Tensor], dims: ModelDims, rank: int, size: int) -> torch.Tensor:
-        groups = [tensor.unflatten(0, (dims.num_kv_heads, -1)) for tensor in tensors]
-        return torch.cat(groups, dim=1).chunk(size)[rank].flatten(0, 1)
+        groups = torch.cat([tensor.unflatten(0, (dims.num_kv_heads, -1)) for tensor in tensors], dim=1)
+        return _pad_groups(groups, dims, size).chunk(size)[rank].flatten(0, 1)
 
     def unshard(self, shards: list[torch.Tensor], dims: ModelDims) -> list[torch.Tensor]:
-        groups = torch.cat(shards).unflatten(0, (dims.num_kv_heads, -1))
         query_rows = dims.num_heads // dims.num_kv_heads * dims.head_dim
+        groups = torch.cat(shards).unflatten(0, (-1, query_rows + 2 * dims.head_dim))[: dims.num_kv_heads]
         parts = groups.split([query_rows, dims.head_dim, dims.head_dim], dim=1)
         return [part.flatten(0, 1) for part in parts]
+
+
+class AttentionOutput:
+    """Output projection [hidden, H * D]: its columns padded and cut by key-value group, as `FusedQKV` cuts rows."""
+
+    def shard(self, tensors: list[torch.Tensor], dims: ModelDims, rank: int, size: int) -> torch.Tensor:
+        groups = tensors[0].T.unflatten(0, (dims.num_kv_heads, -1))
+        return _pad_groups(groups, dims, size).chunk(size)[rank].flatten(0, 1).T
+
+    def unshard(self, shards: list[torch.Tensor], dims: ModelDims) -> list[torch.Tensor]:
+        return [torch.cat(shards, dim=1)[:, : dims.num_heads * dims.head_dim]]
+
+
+def _pad_groups(groups: torch.Tensor, dims: ModelDims, size: int) -> torch.Tensor:
+    """[G, rows, columns] with zero groups added until the ranks can share them (`ModelDims.padded_kv_heads`)."""
+    return torch.nn.functional.pad(groups, (0, 0, 0, 0, 0, dims.padded_kv_heads(size) - dims.num_kv_heads))
 
 
 @dataclass(frozen=True)
@@ -108,7 +124,7 @@ LLAMA = (
         tuple(_HF_LAYER + f"self_attn.{part}_proj.weight" for part in "qkv"),
         FusedQKV(),
     ),
-    Rule(_ATTENTION + "linear_proj.weight", (_HF_LAYER + "self_attn.o_proj.weight",), Split(1)),
+    Rule(_ATTENTION + "linear_proj.weight", (_HF_LAYER + "self_attn.o_proj.weight",), AttentionOutput()),
     Rule(
         "decoder.layers.{layer}.pre_mlp_layernorm.weight",
         (_HF_LAYER + "post_attention_layernorm.weight",),

@@ -1,0 +1,55 @@
+"""What the supervisor tells: lines that stay, and one live line where a person watches."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import TextIO
+
+LIVE_SECONDS, PLAIN_SECONDS = 0.5, 10.0
+_ERASE_LINE = "\r\x1b[K"
+
+
+class Console:
+    """Writes to stderr, and what stays also to a log with the time."""
+
+    def __init__(self, log: Path, stream: TextIO | None = None):
+        self._stream = stream or sys.stderr
+        self._log = log
+        self._live = self._stream.isatty()
+        self._shown = ""
+        self._next = 0.0
+
+    def say(self, text: str) -> None:
+        """Print lines that stay."""
+        self._clear()
+        for line in text.splitlines():
+            print(f"npd: {line}", file=self._stream)
+        self._stream.flush()
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        with open(self._log, "a", encoding="utf-8") as log:
+            stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+            log.writelines(f"{stamp} INFO {line}\n" for line in text.splitlines())
+
+    @property
+    def wants_progress(self) -> bool:
+        """Whether it is time for `progress`; composing it costs a look at the filesystem."""
+        return time.monotonic() >= self._next
+
+    def progress(self, text: str) -> None:
+        """Show the state of things: in place on a terminal, else as a line whenever it changed."""
+        self._next = time.monotonic() + (LIVE_SECONDS if self._live else PLAIN_SECONDS)
+        if self._live:
+            width = shutil.get_terminal_size().columns - 1
+            self._stream.write(_ERASE_LINE + f"npd: {text}"[:width])
+            self._stream.flush()
+        elif text != self._shown:
+            self.say(text)
+        self._shown = text
+
+    def _clear(self) -> None:
+        if self._live and self._shown:
+            self._stream.write(_ERASE_LINE)
+            self._shown = ""

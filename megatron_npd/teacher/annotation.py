@@ -1,0 +1,94 @@
+"""Turning a rollout shard into a sample shard: four NLLs, Δ-IFD, verdict, and the teacher's top-k of what is kept."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from megatron_npd.buffer.shards import Shard, concatenate_ragged
+from megatron_npd.config import Config
+from megatron_npd.schema import Verdict
+from megatron_npd.selection.delta_ifd import judge
+from megatron_npd.teacher.prefill import Annotation, Pair, PrefillModel
+
+
+def annotate_shard(
+    shard: Shard,
+    config: Config,
+    teacher: PrefillModel,
+    student: PrefillModel | None,
+    prefix: np.ndarray,
+    end_tokens: frozenset[int],
+    vocabulary: int,
+) -> tuple[Shard, int]:
+    """Score every response with teacher and student, given the prompt and given `prefix` alone, and judge it.
+
+    `student` None: the teacher's own responses (warm-up), where Δ-IFD means nothing; its scores stay NaN and only
+    empty, cut, out-of-vocabulary and non-finite responses are rejected. `vocabulary`: ids below it are in both models.
+
+    Returns:
+        The sample shard, and the tokens prefilled over all passes.
+    """
+    length, count = config.annotator.pack_length, len(shard)
+    unknown = np.array([_has_unknown_id(shard, row, vocabulary) for row in range(count)], dtype=bool)
+    # A response with an id a model does not have cannot be scored: it is passed as empty, its scores stay NaN.
+    responses = [shard.response(row) if not unknown[row] else np.zeros(0, np.int32) for row in range(count)]
+    conditional: list[Pair] = [(shard.prompt(row), responses[row]) for row in range(count)]
+    unconditional: list[Pair] = [(prefix, responses[row]) for row in range(count)]
+
+    teacher_conditional, annotations = teacher.annotate(conditional, length, config.annotator.top_k)
+    missing = np.full(count, np.nan)
+    teacher_unconditional = teacher.mean_nll(unconditional, length) if student else missing
+    student_conditional = student.mean_nll(conditional, length) if student else missing
+    student_unconditional = student.mean_nll(unconditional, length) if student else missing
+
+    judgement = judge(
+        teacher_conditional,
+        teacher_unconditional,
+        student_conditional,
+        student_unconditional,
+        np.array([_content_length(shard.response(row), end_tokens) for row in range(count)]),
+        shard["finish_reason"],
+        unknown,
+        form=config.selection.form,
+        tau=config.selection.tau,
+        reject_truncated=config.selection.reject_truncated,
+        by_delta=student is not None,
+    )
+    columns = {
+        **shard.columns,
+        "nll_teacher_conditional": teacher_conditional,
+        "nll_teacher_unconditional": teacher_unconditional,
+        "nll_student_conditional": student_conditional,
+        "nll_student_unconditional": student_unconditional,
+        "ifd_teacher": judgement.ifd_teacher,
+        "ifd_student": judgement.ifd_student,
+        "delta_ifd": judgement.delta_ifd,
+        "verdict": judgement.verdict,
+        **_topk_columns(annotations, judgement.verdict == Verdict.KEPT, config.annotator.top_k),
+    }
+    passes = [conditional] if student is None else [conditional, unconditional] * 2
+    tokens = sum(len(before) + len(response) - 1 for pairs in passes for before, response in pairs if len(response))
+    return Shard("samples", columns, shard.metadata), tokens
+
+
+def _topk_columns(annotations: list[Annotation | None], kept: np.ndarray, k: int) -> dict[str, np.ndarray]:
+    """The ragged annotation columns, with rows for kept samples only."""
+    nothing = Annotation(np.zeros((0, k), np.int32), np.zeros((0, k), np.float32), np.zeros(0, np.float32))
+    rows = [a if keep and a is not None else nothing for a, keep in zip(annotations, kept, strict=True)]
+    ids, offsets = concatenate_ragged([row.ids for row in rows], "int32")
+    return {
+        "topk_offsets": offsets,
+        "topk_ids": ids,
+        "topk_logprobs": np.concatenate([row.logprobs for row in rows]).astype(np.float32),
+        "tail_mass": np.concatenate([row.tail_mass for row in rows]).astype(np.float32),
+    }
+
+
+def _has_unknown_id(shard: Shard, row: int, vocabulary: int) -> bool:
+    response = shard.response(row)
+    return len(response) > 0 and bool((response.min() < 0) | (response.max() >= vocabulary))
+
+
+def _content_length(response: np.ndarray, end_tokens: frozenset[int]) -> int:
+    """Tokens of a response without its end token."""
+    return len(response) - int(len(response) > 0 and int(response[-1]) in end_tokens)

@@ -1,0 +1,233 @@
+"""The annotator: scores, judges and annotates what the sidecars sampled, and evaluates what the trainer published.
+
+Every rank of one annotator runs `run`; rank 0 looks for work, leases it and writes. A task is (kind, stage, unit) or
+("evaluate", version): all ranks compute it together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megatron_npd.buffer.leases import lease
+from megatron_npd.buffer.plan import Plan, Stage, make_plan
+from megatron_npd.buffer.shards import Shard, read_or_quarantine, read_shard, write_shard
+from megatron_npd.buffer.versions import published_versions, verify_version
+from megatron_npd.buffer.waiting import turn, turn_lock, wait_for
+from megatron_npd.config import Config
+from megatron_npd.data.prompts import load_prompt_set
+from megatron_npd.errors import UserError
+from megatron_npd.hf_config import eos_token_ids, read_model_dims
+from megatron_npd.mcore.attention import choose_backend
+from megatron_npd.mcore.parallel import broadcast_object, initialize, shutdown
+from megatron_npd.observe.metrics import Metrics
+from megatron_npd.run_directory import HELDOUT_STAGE, RunDirectory, write_json
+from megatron_npd.schema import TEACHER_VERSION, Verdict
+from megatron_npd.teacher.annotation import annotate_shard
+from megatron_npd.teacher.heldout import evaluate_heldout
+from megatron_npd.teacher.prefill import PrefillModel
+from megatron_npd.teacher.prefix import unconditional_prefix
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A unit to annotate, or (stage None) a version to evaluate."""
+
+    stage: str | None
+    unit: int = 0
+    version: int = 0
+
+
+def run(config: Config) -> None:
+    """Work until every stage is annotated and every version is evaluated."""
+    try:
+        annotator = Annotator(config)
+        while (task := annotator.next_task()) is not None:
+            with annotator.leased(task) as held:
+                if not held:
+                    continue
+                if task.stage is None:
+                    annotator.evaluate(task.version)
+                else:
+                    annotator.annotate(annotator.plan.stages[task.stage], task.unit)
+    finally:
+        shutdown()
+
+
+class Annotator:
+    """Teacher and student snapshot, side by side."""
+
+    def __init__(self, config: Config):
+        started = time.monotonic()
+        self.config = config
+        self.run = RunDirectory(Path(config.run_directory))
+        torch.set_num_threads(config.annotator.threads)
+        self.parallel = initialize(config.annotator.tensor_model_parallel_size, seed=config.seed)
+        dtype = getattr(torch, config.models.dtype)
+        backend = choose_backend("auto", dtype)
+        self.vocabulary = _common_vocabulary(config)
+        self.teacher = PrefillModel(config.models.teacher, self.parallel, dtype, backend, self.vocabulary)
+        self.student = PrefillModel(config.models.student, self.parallel, dtype, backend, self.vocabulary)
+        self.student_version: int | None = None
+        self.prefix = self._unconditional_prefix()
+        self.end_tokens = eos_token_ids(config.models.student)
+        self.plan = self._plan()
+        self.metrics = Metrics(self.run.metrics("annotator"), "annotator") if self.parallel.rank == 0 else None
+        self._log("start", seconds=time.monotonic() - started, attention_backend=backend)
+
+    def next_task(self) -> Task | None:
+        """The next thing to do, the same on every rank; None when the run needs no annotator any more."""
+        found = None
+        if self.parallel.rank == 0:
+            found = wait_for("rollouts to annotate or a version to evaluate", self._look, self._poll_seconds)
+        found = broadcast_object(found)
+        return None if found == "done" else found
+
+    def annotate(self, stage: Stage, unit: int) -> None:
+        """Score, judge and annotate one rollout shard into a sample shard."""
+        shard = self._read_rollouts(stage, unit)
+        if shard is None:
+            return
+        with self._turn():
+            started = time.monotonic()
+            if stage.version != TEACHER_VERSION:
+                self._use_student(stage.version)
+            student = self.student if stage.version != TEACHER_VERSION else None
+            samples, tokens = annotate_shard(
+                shard, self.config, self.teacher, student, self.prefix, frozenset(self.end_tokens), self.vocabulary
+            )
+            seconds = time.monotonic() - started
+        if self.parallel.rank == 0:
+            write_shard(self.run.unit("samples", stage.name, unit), samples)
+            self._report_unit(stage, unit, samples, tokens, seconds)
+
+    def evaluate(self, version: int) -> None:
+        """Held-out figures of a published version, into evaluation/."""
+        pairs = self._heldout_pairs()
+        with self._turn():
+            started = time.monotonic()
+            self._use_student(version)
+            figures = evaluate_heldout(self.teacher, self.student, pairs, self.config.annotator.pack_length)
+            seconds = time.monotonic() - started
+        if self.parallel.rank == 0:
+            write_json(self.run.evaluation(version), {"version": version, **asdict(figures)})
+            self._log("evaluation", version=version, seconds=seconds, **asdict(figures))
+            logger.info("version %d: held-out KL %.4f nats/token", version, figures.heldout_kl)
+
+    @contextlib.contextmanager
+    def leased(self, task: Task) -> Iterator[bool]:
+        """Hold the task's lease (on rank 0, for all ranks) while it is worked on."""
+        path = (
+            self.run.lease("evaluation", "versions", task.version)
+            if task.stage is None
+            else self.run.lease("samples", task.stage, task.unit)
+        )
+        if self.parallel.rank == 0:
+            with lease(path, self.config.launch.lease_seconds) as held:
+                yield bool(broadcast_object(held))
+        else:
+            yield bool(broadcast_object(None))
+
+    def _look(self) -> Task | str | None:
+        """First a unit the trainer may be waiting for, then an evaluation, then "done"; None: nothing yet."""
+        undone = False
+        for stage in self.plan.training_stages:
+            for unit in range(stage.units):
+                if self.run.unit("samples", stage.name, unit).exists():
+                    continue
+                undone = True
+                if self.run.unit("rollouts", stage.name, unit).exists():
+                    return Task(stage.name, unit)
+        if self._heldout_is_complete():
+            for version in published_versions(self.run):
+                if not self.run.evaluation(version).exists():
+                    return Task(None, version=version)
+        finished = self.run.evaluation(self.plan.final_version).exists()
+        return "done" if finished and not undone else None
+
+    def _read_rollouts(self, stage: Stage, unit: int) -> Shard | None:
+        """A verified rollout shard on every rank; None if it was corrupt (rank 0 set it aside)."""
+        path = self.run.unit("rollouts", stage.name, unit)
+        good = read_or_quarantine(path, "rollouts") is not None if self.parallel.rank == 0 else None
+        return read_shard(path, "rollouts") if broadcast_object(good) else None
+
+    def _use_student(self, version: int) -> None:
+        """Make the student snapshot that of `version`, verified before it is loaded."""
+        if self.student_version == version:
+            return
+        started = time.monotonic()
+        folder = self.run.version(version)
+        verify_version(folder)
+        self.student.load(folder)
+        self.student_version = version
+        self._log("refresh", version=version, seconds=time.monotonic() - started)
+
+    def _heldout_is_complete(self) -> bool:
+        stage = self.plan.stages[HELDOUT_STAGE]
+        return all(self.run.unit("rollouts", stage.name, unit).exists() for unit in range(stage.units))
+
+    def _heldout_pairs(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        stage = self.plan.stages[HELDOUT_STAGE]
+        shards = [read_shard(self.run.unit("rollouts", stage.name, unit), "rollouts") for unit in range(stage.units)]
+        pairs = [(shard.prompt(row), shard.response(row)) for shard in shards for row in range(len(shard))]
+        return [(prompt, response) for prompt, response in pairs if len(response)]
+
+    def _report_unit(self, stage: Stage, unit: int, samples: Shard, tokens: int, seconds: float) -> None:
+        counts = Counter(Verdict(verdict).name.lower() for verdict in samples["verdict"])
+        kept = counts.pop("kept", 0)
+        self._log(
+            "unit",
+            stage=stage.name,
+            unit=unit,
+            samples=len(samples),
+            kept=kept,
+            rejected=dict(counts),
+            tokens=tokens,
+            seconds=seconds,
+            tokens_per_second=tokens / seconds,
+        )
+        logger.info("%s unit %d: kept %d of %d, rejected %s", stage.name, unit, kept, len(samples), dict(counts))
+
+    def _unconditional_prefix(self) -> np.ndarray:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(self.config.models.student)
+        return np.array(unconditional_prefix(tokenizer, self.config.selection.unconditional_prefix), dtype=np.int32)
+
+    def _plan(self) -> Plan:
+        sizes = (len(load_prompt_set(self.run.prompts(split))) for split in ("train", "heldout"))
+        return make_plan(self.config, *sizes)
+
+    def _log(self, event: str, **values: object) -> None:
+        if self.metrics:
+            self.metrics.log(event, **values)
+
+    def _turn(self) -> contextlib.AbstractContextManager[None]:
+        return turn(turn_lock(self.config, self.run) if self.parallel.rank == 0 else None)
+
+    @property
+    def _poll_seconds(self) -> float:
+        return self.config.launch.poll_seconds
+
+
+def _common_vocabulary(config: Config) -> int:
+    """Ids both models have. Checkpoints of one tokenizer may differ in padding rows, as Qwen2.5 7B and 1.5B do."""
+    teacher, student = (read_model_dims(folder).vocab_size for folder in (config.models.teacher, config.models.student))
+    if teacher != student:
+        if config.annotator.tensor_model_parallel_size > 1:
+            raise UserError(
+                f"annotator.tensor_model_parallel_size = {config.annotator.tensor_model_parallel_size}: must be 1 "
+                f"while the teacher has {teacher} embedding rows and the student {student}"
+            )
+        logger.info("vocabulary: teacher %d rows, student %d; softmax over the common ones", teacher, student)
+    return min(teacher, student)

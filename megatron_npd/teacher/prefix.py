@@ -1,0 +1,37 @@
+"""What the unconditional pass starts from: BOS, or the bare assistant header of the chat template."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_npd.errors import UserError
+
+
+def unconditional_prefix(tokenizer: Any, mode: str) -> list[int]:
+    """Token ids before the response in the unconditional pass; at least one, so that its first token is scored.
+
+    `mode` is `selection.unconditional_prefix`: with "auto", BOS where the tokenizer itself prepends one to plain text,
+    else the tokens that the chat template's generation prompt adds. (A tokenizer may name a bos_token that only ever
+    opens a chat turn, as SmolLM2's does: that is no document start.)
+
+    Raises:
+        UserError: "bos" without a BOS token, or a template whose generation prompt adds nothing.
+    """
+    bos = tokenizer.bos_token_id
+    if mode == "auto":
+        plain = tokenizer("a").input_ids
+        mode = "bos" if bos is not None and plain and plain[0] == bos else "assistant_header"
+    if mode == "bos":
+        if bos is None:
+            raise UserError("selection.unconditional_prefix = 'bos': the tokenizer has no BOS token")
+        return [int(bos)]
+    chat = [{"role": "user", "content": "a"}]
+    without = tokenizer.apply_chat_template(chat, add_generation_prompt=False, tokenize=True, return_dict=False)
+    whole = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=False)
+    header = [int(token) for token in whole[len(without) :]]
+    if whole[: len(without)] != without or not header:
+        raise UserError(
+            "selection.unconditional_prefix = 'assistant_header': the chat template adds no generation prompt to "
+            "take the header from; use 'bos'"
+        )
+    return header

@@ -1,0 +1,180 @@
+"""Who may import whom: the table of the package's layers, held by reading the imports of every file.
+
+Imports inside functions count like those on top; imports under `if TYPE_CHECKING` do not run and do not count for
+cycles, but a door is a door for types as well.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = "megatron_npd"
+ROOT = Path(__file__).resolve().parent.parent / PACKAGE
+
+LEVELS = [
+    ("config", "schema", "errors", "parallel", "hf_config", "run_directory", "__init__"),
+    ("data", "buffer", "selection", "observe"),
+    ("kernels", "mcore", "rollout", "weights"),
+    ("teacher", "training"),
+    ("launch",),
+    ("cli",),
+]
+"""Parts of the package from bottom to top. A part imports lower ones only; those of level 0 also each other."""
+
+LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
+
+FORBIDDEN = {("teacher", "rollout"), ("training", "rollout")}
+"""Lower, and still not to be imported: no role imports another."""
+
+DOORS = {"megatron": "mcore", "transformer_engine": "mcore", "apex": "mcore", "vllm": "rollout"}
+"""Library -> the one part that may import it."""
+
+WITHOUT_TORCH = ("data", "buffer", "selection", "observe")
+
+TORCH_ALLOWED = {("observe/metrics.py", "torch.utils.tensorboard")}
+"""Lazily, where a scalar writer is wanted."""
+
+Imports = list[tuple[str, bool]]
+"""(absolute dotted name, whether it is imported when the module is)"""
+
+
+def imports_of(source: str) -> Imports:
+    """Every name a file imports; `from a import b` gives a.b (b may be a module or a name in it)."""
+    tree = ast.parse(source)
+    top = {id(node) for statement in tree.body for node in _run_on_import(statement)}
+    found: Imports = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, id(node) in top) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute here"
+            found += [(f"{node.module}.{alias.name}", id(node) in top) for alias in node.names]
+    return found
+
+
+def violations(files: dict[str, str]) -> list[str]:
+    """What breaks the rules in `files`: path below the package -> source."""
+    broken = []
+    for path, source in files.items():
+        part = path.split("/")[0].removesuffix(".py")
+        if part not in LEVEL:
+            broken.append(f"{path}: {part} has no level; add it to LEVELS")
+            continue
+        for name, _ in imports_of(source):
+            library, _, rest = name.partition(".")
+            target = rest.split(".")[0]
+            if library == PACKAGE and target in LEVEL and not _may_import(part, target):
+                broken.append(f"{path}: {part} must not import {target} ({name})")
+            if DOORS.get(library, part) != part:
+                broken.append(f"{path}: {library} is imported behind the door {DOORS[library]}/ only")
+            if library == "torch" and part in WITHOUT_TORCH and not _torch_allowed(path, name):
+                broken.append(f"{path}: {part} works without torch")
+    return broken + [f"cycle: {' -> '.join(cycle)}" for cycle in cycles(files)]
+
+
+def cycles(files: dict[str, str]) -> list[list[str]]:
+    """Circles of modules that import each other when they are imported."""
+    modules = {path.removesuffix(".py").removesuffix("/__init__").replace("/", "."): path for path in files}
+    graph = {
+        module: {
+            target
+            for name, at_import in imports_of(files[path])
+            if at_import and (target := _module_of(name, modules)) and target != module
+        }
+        for module, path in modules.items()
+    }
+    found: list[list[str]] = []
+    finished: set[str] = set()
+
+    def visit(module: str, trail: list[str]) -> None:
+        if module in trail:
+            found.append([*trail[trail.index(module) :], module])
+        elif module not in finished:
+            for target in sorted(graph[module]):
+                visit(target, [*trail, module])
+            finished.add(module)
+
+    for module in sorted(graph):
+        visit(module, [])
+    return found
+
+
+def _may_import(part: str, target: str) -> bool:
+    if part == target:
+        return True
+    allowed = LEVEL[target] < LEVEL[part] or LEVEL[part] == LEVEL[target] == 0
+    return allowed and (part, target) not in FORBIDDEN
+
+
+def _torch_allowed(path: str, name: str) -> bool:
+    return any(path == file and name.startswith(module) for file, module in TORCH_ALLOWED)
+
+
+def _module_of(name: str, modules: dict[str, str]) -> str | None:
+    """The module of this package that an import of `name` loads."""
+    if not name.startswith(f"{PACKAGE}."):
+        return None
+    local = name.removeprefix(f"{PACKAGE}.")
+    return next((module for module in (local, local.rpartition(".")[0]) if module in modules), None)
+
+
+def _run_on_import(node: ast.AST) -> Iterator[ast.AST]:
+    """Nodes that run when the module is imported: not function bodies, not `if TYPE_CHECKING` blocks."""
+    yield node
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+        return
+    if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+        return
+    for child in ast.iter_child_nodes(node):
+        yield from _run_on_import(child)
+
+
+def test_the_package_keeps_its_rules() -> None:
+    files = {path.relative_to(ROOT).as_posix(): path.read_text() for path in ROOT.rglob("*.py")}
+    assert len(files) > 20
+    assert violations(files) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "complaint"),
+    [
+        ("buffer/work.py", "from megatron_npd.training import trainer", "buffer must not import training"),
+        ("buffer/work.py", "import megatron_npd.data.prompts", "buffer must not import data"),
+        ("teacher/a.py", "def f():\n    from megatron_npd.rollout.engine import E", "teacher must not import rollout"),
+        ("training/a.py", "from megatron_npd import cli", "training must not import cli"),
+        ("training/a.py", "def f():\n    from megatron.core import parallel_state", "behind the door mcore/"),
+        ("weights/a.py", "import vllm", "behind the door rollout/"),
+        ("rollout/a.py", "import transformer_engine.pytorch as te", "behind the door mcore/"),
+        ("kernels/a.py", "from apex.optimizers import FusedAdam", "behind the door mcore/"),
+        ("data/a.py", "import torch", "data works without torch"),
+        ("observe/metrics.py", "import torch.nn", "observe works without torch"),
+        ("newcomer/a.py", "", "no level"),
+    ],
+)
+def test_the_checker_catches(path: str, source: str, complaint: str) -> None:
+    assert any(complaint in violation for violation in violations({path: source}))
+
+
+def test_the_checker_catches_a_cycle_but_not_a_lazy_one() -> None:
+    there = {"buffer/a.py": "from megatron_npd.buffer.b import f"}
+    assert violations({**there, "buffer/b.py": "from megatron_npd.buffer import a"}) == [
+        "cycle: buffer.a -> buffer.b -> buffer.a"
+    ]
+    assert violations({**there, "buffer/b.py": "def g():\n    from megatron_npd.buffer import a"}) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("training/a.py", "from megatron_npd.mcore.model import build_gpt"),
+        ("observe/metrics.py", "def f():\n    from torch.utils.tensorboard import SummaryWriter"),
+        ("mcore/a.py", "import megatron.core"),
+        ("hf_config.py", "from megatron_npd.errors import UserError"),
+    ],
+)
+def test_the_checker_lets_pass(path: str, source: str) -> None:
+    assert violations({path: source}) == []

@@ -1,0 +1,478 @@
+"""The rollout sidecar with a real vLLM engine: one test for each way an in-place update can go silently wrong.
+
+Hugging Face transformers is the reference throughout, in float32.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import json
+import shutil
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import EOS, hf_logprobs, make_llama, probe_sequences, publish
+
+from megatron_npd.buffer.shards import read_shard
+from megatron_npd.buffer.versions import BadVersionError, ParityProbe, read_parity_probe, write_manifest
+from megatron_npd.config import Config, RolloutConfig
+from megatron_npd.data.prompts import save_prompt_set
+from megatron_npd.observe.metrics import read_metrics
+from megatron_npd.rollout import sidecar, worker
+from megatron_npd.rollout.engine import Request, RolloutEngine, RolloutError
+from megatron_npd.rollout.parity import ParityError, check_parity
+from megatron_npd.run_directory import RunDirectory
+from megatron_npd.schema import TEACHER_VERSION, FinishReason
+
+pytestmark = pytest.mark.slow
+
+ROLLOUT = RolloutConfig(kv_cache_gib=0.05, max_num_seqs=32)
+LONGEST = 200
+TOLERANCE = 1e-4
+_seeds = itertools.count(100)
+
+
+def start(folder: Path, version: int) -> RolloutEngine:
+    return RolloutEngine(folder, version, ROLLOUT, "float32", LONGEST)
+
+
+def published(folder: Path, version: int, **options) -> Path:
+    """A new random version in `folder`/vN."""
+    return publish(make_llama(folder / f"v{version:06d}", next(_seeds), **options), version)
+
+
+def requests(count: int = 8, length: int = 12, **options) -> list[Request]:
+    settings = {"max_new_tokens": 40, "stop_token_ids": [EOS]} | options
+    return [Request(ids, seed, **settings) for seed, ids in enumerate(probe_sequences(7, count, length))]
+
+
+def largest_difference(ours: list[list[float]], reference: list[list[float]]) -> float:
+    return float(np.abs(np.concatenate(ours) - np.concatenate(reference)).max())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def engines_live_on():
+    """Keep every engine to the end: deleting one tears down what vLLM shares between the engines of a process."""
+    engines, make = [], RolloutEngine.__init__
+
+    def make_and_keep(self, *arguments) -> None:
+        engines.append(self)
+        make(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RolloutEngine, "__init__", make_and_keep)
+        yield
+        patch.setattr(gc, "collect", lambda *_: 0)  # vLLM collects three times for each engine: half a minute
+        for engine in engines:
+            engine._llm.engine_core.shutdown()
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    """An engine shared by the tests below, which may refresh it to newer versions as they like."""
+    return start(published(tmp_path_factory.mktemp("start"), 0, tied=True), 0)
+
+
+@pytest.fixture
+def next_version(engine, tmp_path):
+    """Folder of a version that may replace the served one, in several files."""
+    return published(tmp_path, engine.version + 1, tied=True, split=True)
+
+
+def refresh(engine: RolloutEngine, folder: Path) -> None:
+    engine.refresh(folder, engine.version + 1)
+
+
+# --- generation -----------------------------------------------------------------------------------------------------
+
+
+def test_behaviour_logprobs_are_the_models_at_temperature_1(engine, next_version):
+    refresh(engine, next_version)
+    asked = requests(temperature=0.7, top_p=0.9)
+    for request, response in zip(asked, engine.generate(asked), strict=True):
+        (reference,) = hf_logprobs(next_version, [request.prompt_ids + response.ids])
+        assert largest_difference([response.logprobs], [reference[len(request.prompt_ids) - 1 :]]) < TOLERANCE
+        assert response.version == engine.version
+
+
+def test_end_token_is_kept_and_others_run_to_the_limit(engine):
+    responses = engine.generate(requests(64))
+    stopped = [response for response in responses if response.finish_reason is FinishReason.STOP]
+    cut = [response for response in responses if response.finish_reason is FinishReason.LENGTH]
+    assert stopped and cut and len(stopped) + len(cut) == 64
+    assert all(response.ids[-1] == EOS and response.ids.count(EOS) == 1 for response in stopped)
+    assert all(len(response.ids) == 40 and EOS not in response.ids for response in cut)
+    assert all(len(response.ids) == len(response.logprobs) for response in responses)
+
+
+def test_stop_ids_are_the_callers_and_not_the_checkpoints(engine):
+    unstopped = engine.generate(requests(64, stop_token_ids=[]))
+    assert all(len(response.ids) == 40 for response in unstopped)
+    assert any(EOS in response.ids[:-1] for response in unstopped)
+    other = unstopped[0].ids[5]
+    (stopped,) = engine.generate(requests(1, stop_token_ids=[other]))
+    assert stopped.ids == unstopped[0].ids[: unstopped[0].ids.index(other) + 1]
+    assert stopped.finish_reason is FinishReason.STOP
+
+
+def test_same_seed_same_response_and_another_seed_another(engine):
+    first, second = engine.generate(requests()), engine.generate(requests())
+    assert [response.ids for response in first] == [response.ids for response in second]
+    prompt = requests(1)[0].prompt_ids
+    many = engine.generate([Request(prompt, seed, 20, [EOS]) for seed in range(8)])
+    assert len({tuple(response.ids) for response in many}) == 8
+
+
+def test_aborted_request_is_sampled_again(engine, monkeypatch):
+    expected = engine.generate(requests())
+    abort_in_first_step(engine, monkeypatch, times=1)
+    assert [response.ids for response in engine.generate(requests())] == [response.ids for response in expected]
+
+
+def test_request_aborted_twice_is_an_error_and_not_a_sample(engine, monkeypatch):
+    abort_in_first_step(engine, monkeypatch, times=2)
+    with pytest.raises(RolloutError, match="gave up twice on 1 of 8"):
+        engine.generate(requests())
+    monkeypatch.undo()
+    assert len(engine.generate(requests())) == 8
+
+
+def abort_in_first_step(engine, monkeypatch, times: int) -> None:
+    """Abort the newest request in the first step of each of the next `times` attempts."""
+    step, left, busy = engine._llm.step, itertools.count(times, -1), [False]
+
+    def abort_then_step():
+        if not busy[0] and next(left) > 0:
+            newest = max(engine._llm.output_processor.external_req_ids, key=int)
+            engine._llm.abort_request([newest])
+        outputs = step() if engine._llm.has_unfinished_requests() else []
+        busy[0] = engine._llm.has_unfinished_requests()
+        return outputs
+
+    monkeypatch.setattr(engine._llm, "step", abort_then_step)
+
+
+def test_logprobs_are_the_models(engine, next_version):
+    refresh(engine, next_version)
+    sequences = [*probe_sequences(3), [5, 6], probe_sequences(4, 1, LONGEST)[0]]
+    assert largest_difference(engine.logprobs(sequences), hf_logprobs(next_version, sequences)) < TOLERANCE
+
+
+# --- updates in place -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_refresh_equals_a_fresh_engine(tmp_path, tied, dtype):
+    """Tied embeddings: vLLM alone would go on with the old output head."""
+    old, new = (published(tmp_path, version, tied=tied, dtype=dtype) for version in (0, 1))
+    engine, fresh = (RolloutEngine(folder, i, ROLLOUT, str(dtype)[6:], LONGEST) for i, folder in enumerate((old, new)))
+    engine.refresh(new, 1)
+    assert engine.logprobs(probe_sequences()) == fresh.logprobs(probe_sequences())
+    assert engine.generate(requests()) == fresh.generate(requests())
+    if dtype is torch.float32:
+        assert largest_difference(engine.logprobs(probe_sequences()), read_parity_probe(new).logprobs) < TOLERANCE
+
+
+def rewrite(folder: Path, change) -> None:
+    """Apply `change(tensors)` to one weight file, and describe the result in a new, consistent manifest."""
+    file = sorted(folder.glob("*.safetensors"))[-1]
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+    write_manifest(folder, json.loads((folder / "version.json").read_text())["version"])
+
+
+NORM = "model.norm.weight"
+
+
+def remove_tensor(folder: Path) -> None:
+    rewrite(folder, lambda tensors: tensors.pop(NORM))
+
+
+def add_tensor(folder: Path) -> None:
+    rewrite(folder, lambda tensors: tensors.update(surplus=torch.zeros(1)))
+
+
+def change_shape(folder: Path) -> None:
+    rewrite(folder, lambda tensors: tensors.update({NORM: torch.ones(65)}))
+
+
+def change_dtype(folder: Path) -> None:
+    rewrite(folder, lambda tensors: tensors.update({NORM: tensors[NORM].bfloat16()}))
+
+
+def flip_byte(folder: Path) -> None:
+    file = sorted(folder.glob("*.safetensors"))[-1]
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def remove_file(folder: Path) -> None:
+    sorted(folder.glob("*.safetensors"))[-1].unlink()
+
+
+def repeat_tensor(folder: Path) -> None:
+    save_file({NORM: torch.zeros(64)}, folder / "another.safetensors")
+    write_manifest(folder, json.loads((folder / "version.json").read_text())["version"])
+
+
+def slip_in_file(folder: Path) -> None:
+    save_file({NORM: torch.zeros(64)}, folder / "another.safetensors")
+
+
+def change_rope(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] = 5000.0
+    (folder / "config.json").write_text(json.dumps(config))
+    write_manifest(folder, json.loads((folder / "version.json").read_text())["version"])
+
+
+def relabel(folder: Path) -> None:
+    write_manifest(folder, 999)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (remove_tensor, "tensor model.norm.weight is missing"),
+        (add_tensor, "tensor surplus is not in the served version"),
+        (change_shape, r"tensor model.norm.weight is F32 \[65\], must be F32 \[64\]"),
+        (change_dtype, r"tensor model.norm.weight is BF16 \[64\], must be F32 \[64\]"),
+        (flip_byte, "safetensors: content differs from the checksum"),
+        (remove_file, "safetensors: missing"),
+        (repeat_tensor, "tensor model.norm.weight is also in"),
+        (slip_in_file, "another.safetensors: not listed"),
+        (change_rope, "config.json: rope_theta = 5000.0, must be 10000.0"),
+        (relabel, "the manifest says version 999"),
+    ],
+)
+def test_bad_version_changes_nothing_and_a_good_one_follows(engine, next_version, tmp_path, damage, message):
+    good = shutil.copytree(next_version, tmp_path / "good")
+    damage(next_version)
+    version, before = engine.version, engine.logprobs(probe_sequences())
+    with pytest.raises(BadVersionError, match=message):
+        refresh(engine, next_version)
+    assert (engine.version, engine.logprobs(probe_sequences())) == (version, before)
+    assert engine.generate(requests(2))[0].version == version
+    refresh(engine, good)
+    assert largest_difference(engine.logprobs(probe_sequences()), read_parity_probe(good).logprobs) < TOLERANCE
+
+
+def test_only_a_newer_version_is_accepted(engine, next_version, tmp_path):
+    refresh(engine, next_version)
+    older = published(tmp_path / "older", 0, tied=True)
+    for folder, version in ((next_version, engine.version), (older, 0)):
+        with pytest.raises(BadVersionError, match="is not newer than version"):
+            engine.refresh(folder, version)
+
+
+def test_load_that_fails_half_way_never_serves(tmp_path, monkeypatch):
+    """A mixed model is not repaired: the engine refuses all work, and the process must be restarted."""
+    # Other positions than the other tests' models: vLLM shares the rotary module of equal ones within a process.
+    engine = start(published(tmp_path, 0, max_position_embeddings=512), 0)
+    new = published(tmp_path, 1, max_position_embeddings=512)
+
+    def torn(files, whole=worker.checkpoint_tensors):
+        yield from itertools.islice(whole(files), 8)
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(worker, "checkpoint_tensors", torn)
+    with pytest.raises(RolloutError, match="update to version 1 failed half-way: the disk is gone"):
+        engine.refresh(new, 1)
+    monkeypatch.undo()
+    for use in (lambda: engine.generate(requests()), lambda: engine.logprobs([[3, 4]]), lambda: engine.refresh(new, 1)):
+        with pytest.raises(RolloutError, match="cannot be used any more"):
+            use()
+
+
+def test_prefix_cache_does_not_outlive_its_weights(engine, next_version):
+    asked = requests(4, length=150)  # longer than vLLM's block, so that it is cached
+    engine.generate(asked)
+    name = engine._llm.add_request("probe", {"prompt_token_ids": asked[0].prompt_ids}, sampling_of(asked[0]))
+    outputs = finish(engine)
+    assert outputs[0].num_cached_tokens > 0, f"{name}: the cache is off, this test would show nothing"
+    refresh(engine, next_version)
+    for request, response in zip(asked, engine.generate(asked), strict=True):
+        (reference,) = hf_logprobs(next_version, [request.prompt_ids + response.ids])
+        assert largest_difference([response.logprobs], [reference[len(request.prompt_ids) - 1 :]]) < TOLERANCE
+
+
+def test_refresh_with_running_requests_is_refused_and_they_finish(engine, next_version):
+    for number, request in enumerate(requests(stop_token_ids=[])):
+        engine._llm.add_request(f"running-{number}", {"prompt_token_ids": request.prompt_ids}, sampling_of(request))
+    for _ in range(5):
+        engine._llm.step()
+    version = engine.version
+    with pytest.raises(RolloutError, match="requests are running"):
+        refresh(engine, next_version)
+    outputs = finish(engine)
+    assert len(outputs) == 8 and engine.version == version
+    for output in outputs:
+        assert [span.version for span in output.outputs[0].weight_versions] == [str(version)]
+    refresh(engine, next_version)
+    assert engine.generate(requests(1))[0].version == version + 1
+
+
+def sampling_of(request: Request):
+    from megatron_npd.rollout.engine import _sampling
+
+    return _sampling(request)
+
+
+def finish(engine: RolloutEngine) -> list:
+    outputs = []
+    while engine._llm.has_unfinished_requests():
+        outputs += engine._llm.step()
+    return outputs
+
+
+# --- parity ---------------------------------------------------------------------------------------------------------
+
+
+def test_parity_check_passes_the_right_weights_and_only_those(engine, next_version, tmp_path):
+    refresh(engine, next_version)
+    probe = read_parity_probe(next_version)
+    parity = check_parity(engine, probe, ROLLOUT)
+    assert parity.mean <= parity.max < TOLERANCE
+    foreign = read_parity_probe(published(tmp_path / "foreign", engine.version, tied=True))
+    with pytest.raises(ParityError, match=rf"version {engine.version}: .* mean difference .* largest"):
+        check_parity(engine, foreign, ROLLOUT)
+
+
+def test_parity_check_fails_on_nan_and_on_nothing(engine):
+    probe = ParityProbe([[5, 6, 7]], [[float("nan"), -1.0]])
+    with pytest.raises(ParityError, match="nan"):
+        check_parity(engine, probe, ROLLOUT)
+    with pytest.raises(ParityError, match="against"):
+        check_parity(engine, ParityProbe([[5, 6, 7]], [[-1.0]]), ROLLOUT)
+    with pytest.raises(ParityError, match="against"):
+        check_parity(engine, ParityProbe([], []), ROLLOUT)
+
+
+def test_not_a_number_weights_fail_parity_and_generation(tmp_path):
+    folder = published(tmp_path, 0)
+    rewrite(folder, lambda tensors: tensors[NORM].fill_(float("nan")))
+    engine = start(folder, 0)
+    with pytest.raises(ParityError, match="nan"):
+        check_parity(engine, read_parity_probe(folder), ROLLOUT)
+    with pytest.raises(RolloutError, match="unusable logprobs"):
+        engine.generate(requests(1))
+
+
+def test_damaged_version_is_not_started_on(tmp_path):
+    folder = published(tmp_path, 0)
+    flip_byte(folder)
+    with pytest.raises(BadVersionError, match="content differs"):
+        start(folder, 0)
+
+
+# --- the role -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return make_llama(folder / "teacher", 1), make_llama(folder / "student", 2, tied=True)
+
+
+def make_run(root: Path, models: tuple[Path, Path]) -> tuple[Config, RunDirectory]:
+    """A run of two rounds of 6 prompts × 2 samples in units of 5, with version 0 published."""
+    config = Config.model_validate(
+        {
+            "run_directory": str(root),
+            "models": {"teacher": str(models[0]), "student": str(models[1]), "dtype": "float32"},
+            "prompts": {"train": "-", "heldout": "-", "max_prompt_tokens": 16},
+            "rounds": {"count": 2, "samples_per_prompt": 2},
+            "rollout": {"max_new_tokens": 24, "samples_per_unit": 5, "kv_cache_gib": 0.05, "max_num_seqs": 8},
+            "launch": {"turns": "on", "poll_seconds": 0.02},
+        }
+    )
+    run = RunDirectory(root)
+    save_prompt_set(run.prompts("train"), [f"t{i}" for i in range(6)], probe_sequences(11, 6, 9))
+    save_prompt_set(run.prompts("heldout"), ["h0", "h1", "h2"], probe_sequences(12, 3, 9))
+    publish(shutil.copytree(models[1], run.version(0)), 0)
+    return config, run
+
+
+def publish_when(condition, run: RunDirectory, version: int) -> threading.Thread:
+    """Publish a version, in one rename, as soon as `condition()` holds."""
+
+    def wait_and_publish() -> None:
+        folder = publish(make_llama(run.weights / f".staging-{version}", 50 + version, tied=True), version)
+        while not condition():
+            threading.Event().wait(0.02)
+        folder.rename(run.version(version))
+
+    thread = threading.Thread(target=wait_and_publish, daemon=True)
+    thread.start()
+    return thread
+
+
+def shards_of(run: RunDirectory, stage: str, units: int) -> list:
+    return [read_shard(run.unit("rollouts", stage, unit), "rollouts") for unit in range(units)]
+
+
+def check_shards(shards: list, version: int, weights: Path) -> None:
+    for shard in shards:
+        assert set(shard["policy_version"]) == {version}
+        rows = range(len(shard))
+        sequences = [[*shard.prompt(row).tolist(), *shard.response(row).tolist()] for row in rows]
+        for row, reference in zip(rows, hf_logprobs(weights, sequences), strict=True):
+            ours = shard.ragged("behaviour_logprobs", row, "response_offsets")
+            assert np.abs(ours - reference[len(shard.prompt(row)) - 1 :]).max() < TOLERANCE
+            assert (shard["finish_reason"][row] == FinishReason.STOP) == (shard.response(row)[-1] == EOS)
+
+
+def identities(shards: list) -> list[tuple[int, int]]:
+    return sorted(pair for shard in shards for pair in zip(shard["prompt_index"], shard["sample_index"], strict=True))
+
+
+def test_student_sidecar_follows_the_published_versions(tmp_path, models, monkeypatch):
+    config, run = make_run(tmp_path, models)
+    publisher = publish_when(lambda: run.unit("rollouts", "round_0000", 2).exists(), run, 1)
+    sidecar.run(config, "student")
+    publisher.join()
+
+    everything = [(prompt, sample) for prompt in range(6) for sample in range(2)]
+    rounds = {version: shards_of(run, f"round_{version:04d}", 3) for version in (0, 1)}
+    for version, shards in rounds.items():
+        assert identities(shards) == everything
+        check_shards(shards, version, run.version(version))
+    events = read_metrics(run.root / "metrics")
+    assert [event["event"] for event in events] == ["start", *["unit"] * 3, "refresh", *["unit"] * 3]
+    assert all(event["parity_max"] < TOLERANCE for event in events if "version" in event)
+
+    # Joining late: round 0 is complete and its weights are gone; a lost unit of round 1 is redone as it was.
+    shutil.rmtree(run.version(0))
+    run.unit("rollouts", "round_0001", 1).unlink()
+    sidecar.run(config, "student")
+    (redone,) = [shards_of(run, "round_0001", 3)[1]]
+    np.testing.assert_array_equal(redone["response_ids"], rounds[1][1]["response_ids"])
+    # Nothing left: no engine is started.
+    monkeypatch.setattr(sidecar, "RolloutEngine", None)
+    sidecar.run(config, "student")
+
+
+def test_teacher_sidecar_generates_the_heldout_set(tmp_path, models):
+    config, run = make_run(tmp_path, models)
+    sidecar.run(config, "teacher")
+    shards = shards_of(run, "heldout", 1)
+    assert identities(shards) == [(0, 0), (1, 0), (2, 0)]
+    check_shards(shards, TEACHER_VERSION, models[0])
+
+
+def test_student_sidecar_ends_when_parity_fails(tmp_path, models):
+    config, run = make_run(tmp_path, models)
+    other = published(tmp_path / "other", 0, tied=True)
+    shutil.copy(other / "parity.json", run.version(0))
+    write_manifest(run.version(0), 0)
+    with pytest.raises(ParityError, match=r"version 0: .* mean difference .* largest"):
+        sidecar.run(config, "student")
+    assert not (run.root / "rollouts").exists()

@@ -1,0 +1,320 @@
+"""The supervisor with real processes: what fails, stops, is killed or leaves, nothing of it stays behind."""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+from conftest import Inputs
+
+from megatron_npd.buffer.plan import make_plan
+from megatron_npd.cli import main
+from megatron_npd.launch.console import Console
+from megatron_npd.launch.logs import last_message, tail
+from megatron_npd.launch.processes import Child, Command, describe_exit, stop
+from megatron_npd.launch.progress import Progress, last_record
+from megatron_npd.launch.roles import Role, roles_of
+from megatron_npd.launch.supervisor import MAX_STARTS, watch
+from megatron_npd.observe.metrics import Metrics, read_metrics
+from megatron_npd.run_directory import RunDirectory, write_atomically
+
+SLEEP = "import time; time.sleep(60)"
+WITH_GRANDCHILD = """
+import os, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(60)"])
+print(os.getpid(), child.pid, flush=True)
+"""
+
+
+def python(folder: Path, name: str, code: str) -> Command:
+    return Command(name, [sys.executable, "-S", "-c", textwrap.dedent(code)], folder / f"{name}.log")
+
+
+def role(folder: Path, name: str, code: str, is_done: Callable[[], bool] = lambda: False) -> Role:
+    return Role(name, lambda: [python(folder, name, code)], is_done)
+
+
+def run(folder: Path, roles: Sequence[Role]) -> tuple[int, str]:
+    """Exit status and output of a supervisor over these roles."""
+    stream = io.StringIO()
+    status = watch(roles, Console(folder / "supervisor.log", stream), lambda children: f"{len(children)} running")
+    return status, stream.getvalue()
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.02)
+
+
+def pids_in(*logs: Path) -> list[int]:
+    """The process ids that `WITH_GRANDCHILD` printed, once there are two in each log."""
+    wait_until(lambda: all(log.exists() and len(log.read_text().split()) >= 2 for log in logs))
+    return [int(word) for log in logs for word in log.read_text().split()[:2]]
+
+
+def test_done_when_every_role_is(tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    worker = role(tmp_path, "worker", f"open({str(marker)!r}, 'w')", marker.exists)
+    idle = role(tmp_path, "idle", SLEEP, lambda: True)
+    status, output = run(tmp_path, [worker, idle])
+    assert status == 0
+    assert "starting worker" in output
+    assert "idle" not in output  # nothing to do: never started
+
+
+def test_a_failure_stops_the_others_and_says_why(tmp_path: Path) -> None:
+    (tmp_path / "bad.log").write_text("from an earlier attempt\n")
+    bad = role(tmp_path, "bad", "for i in range(20): print('line', i)\nraise SystemExit(3)")
+    good = role(tmp_path, "good", WITH_GRANDCHILD + "time.sleep(60)")
+    started = time.monotonic()
+    status, output = run(tmp_path, [good, bad])
+    assert status == 1
+    assert time.monotonic() - started < 8
+    assert f"bad exited with status 3; the end of {tmp_path / 'bad.log'}:" in output
+    assert "line 19" in output
+    assert "line 5" in output
+    assert "line 4\n" not in output
+    assert "earlier" not in output
+    assert "npd run" in output
+    log = tmp_path / "good.log"
+    assert not any(alive(int(pid)) for pid in log.read_text().split())
+    assert "line 19" in (tmp_path / "supervisor.log").read_text()
+
+
+def test_refused_input_keeps_its_status(tmp_path: Path) -> None:
+    assert run(tmp_path, [role(tmp_path, "picky", "raise SystemExit(2)")])[0] == 2
+
+
+def test_death_by_signal_is_named(tmp_path: Path) -> None:
+    status, output = run(tmp_path, [role(tmp_path, "victim", "import os; os.kill(os.getpid(), 9)")])
+    assert status == 1
+    assert "victim was ended by SIGKILL (out of memory?)" in output
+    assert describe_exit(-11) == "was ended by SIGSEGV"
+
+
+def test_a_role_is_started_again_when_work_comes_back(tmp_path: Path) -> None:
+    shard = tmp_path / "shard"
+    worker = role(tmp_path, "worker", f"open({str(shard)!r}, 'w'); print('worked')", shard.exists)
+    checked = tmp_path / "checked"
+    code = f"""
+        import os, time
+        while not os.path.exists({str(shard)!r}): time.sleep(0.02)
+        time.sleep(0.5)  # until the worker has left
+        os.remove({str(shard)!r}); open({str(checked)!r}, "w")
+    """
+    status, output = run(tmp_path, [worker, role(tmp_path, "checker", code, checked.exists)])
+    assert status == 0
+    assert "starting worker again" in output
+    assert (tmp_path / "worker.log").read_text() == "worked\nworked\n"
+
+
+def test_a_role_that_leaves_its_work_undone_does_not_loop(tmp_path: Path) -> None:
+    status, output = run(tmp_path, [role(tmp_path, "lazy", "print('no')")])
+    assert status == 1
+    assert "left its work undone" in output
+    assert (tmp_path / "lazy.log").read_text() == "no\n" * MAX_STARTS
+
+
+def test_a_command_that_cannot_be_started_leaves_nothing(tmp_path: Path) -> None:
+    good = python(tmp_path, "good", WITH_GRANDCHILD + "time.sleep(60)")
+    missing = Command("missing", ["/nowhere/python"], tmp_path / "missing.log")
+    with pytest.raises(FileNotFoundError):
+        run(tmp_path, [Role("pair", lambda: [good, missing], lambda: False)])
+    words = (tmp_path / "good.log").read_text().split()
+    assert not any(alive(int(pid)) for pid in words)
+
+
+def test_grandchildren_end_with_their_process(tmp_path: Path) -> None:
+    child = Child(python(tmp_path, "parent", WITH_GRANDCHILD))
+    wait_until(lambda: child.poll() is not None)
+    _, grandchild = pids_in(tmp_path / "parent.log")
+    wait_until(lambda: not alive(grandchild))
+
+
+def test_stop_kills_what_does_not_listen(tmp_path: Path) -> None:
+    deaf = """
+        import signal, time
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        print("deaf", flush=True)
+        time.sleep(60)
+    """
+    children = [Child(python(tmp_path, "deaf", deaf)), Child(python(tmp_path, "polite", SLEEP))]
+    wait_until(lambda: "deaf" in (tmp_path / "deaf.log").read_text())
+    assert [child.command.name for child in stop(children, grace_seconds=0.3)] == ["deaf"]
+    assert [child.poll() for child in children] == [-signal.SIGKILL, -signal.SIGTERM]
+
+
+SUPERVISOR = """
+import sys
+from pathlib import Path
+from megatron_npd.launch.console import Console
+from megatron_npd.launch.processes import Command
+from megatron_npd.launch.roles import Role
+from megatron_npd.launch.supervisor import watch
+
+folder, code = Path(sys.argv[1]), sys.argv[2]
+
+def role(name):
+    command = Command(name, [sys.executable, "-S", "-c", code], folder / f"{name}.log")
+    return Role(name, lambda: [command], lambda: False)
+
+sys.exit(watch([role("one"), role("two")], Console(folder / "supervisor.log"), lambda children: "working"))
+"""
+DEAF = "import signal\nfor s in (2, 15): signal.signal(s, signal.SIG_IGN)\n"
+
+
+def start_supervisor(folder: Path, tail: str) -> tuple[subprocess.Popen[str], list[int]]:
+    """A supervisor in a process of its own, over two roles with a grandchild each; and their four process ids."""
+    argv = [sys.executable, "-c", SUPERVISOR, str(folder), WITH_GRANDCHILD + tail]
+    supervisor = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True)
+    pids = pids_in(folder / "one.log", folder / "two.log")
+    assert all(map(alive, pids))
+    return supervisor, pids
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_stops_everything(tmp_path: Path, number: signal.Signals, status: int) -> None:
+    supervisor, pids = start_supervisor(tmp_path, "time.sleep(60)")
+    supervisor.send_signal(number)
+    output = supervisor.communicate(timeout=20)[1]
+    assert supervisor.returncode == status
+    assert f"{number.name}: stopping the roles" in output
+    assert "the same `npd run` continues from here" in output
+    assert not any(map(alive, pids))
+
+
+def test_the_second_signal_kills_at_once(tmp_path: Path) -> None:
+    supervisor, pids = start_supervisor(tmp_path, DEAF + "print('deaf', flush=True)\ntime.sleep(60)")
+    wait_until(lambda: all("deaf" in (tmp_path / f"{name}.log").read_text() for name in ("one", "two")))
+    supervisor.send_signal(signal.SIGINT)
+    wait_until(lambda: "stopping" in (tmp_path / "supervisor.log").read_text())
+    assert alive(pids[0])
+    asked = time.monotonic()
+    supervisor.send_signal(signal.SIGINT)
+    output = supervisor.communicate(timeout=20)[1]
+    assert time.monotonic() - asked < 5  # GRACE_SECONDS is 10
+    assert supervisor.returncode == 130
+    assert "one did not stop and was killed" in output
+    assert not any(map(alive, pids))
+
+
+def test_roles_do_not_outlive_a_killed_supervisor(tmp_path: Path) -> None:
+    supervisor, (one, one_child, two, two_child) = start_supervisor(tmp_path, "time.sleep(60)")
+    supervisor.kill()
+    supervisor.communicate()
+    wait_until(lambda: not alive(one) and not alive(two))
+    for orphan in (one_child, two_child):  # of a process killed this way only the kernel's direct children end
+        os.kill(orphan, signal.SIGKILL)
+
+
+def test_one_supervisor_a_run_directory(inputs: Inputs, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prepare", str(inputs.path)]) == 0
+    capsys.readouterr()
+    with open(inputs.run / "supervisor.lock", "w") as lock:
+        lock.write("4711\n")
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert main(["run", str(inputs.path)]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert "process 4711 already runs it" in captured.err
+
+
+def test_ranks_meet_at_a_fresh_place_each_start(inputs: Inputs, tmp_path: Path) -> None:
+    inputs.set("training.data_parallel_size", 2)
+    inputs.set("training.threads", 3)
+    config, directory = inputs.config, RunDirectory(inputs.run)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    trainer, annotator, teacher, student = roles_of(config, directory, make_plan(config, 6, 3), scratch)
+    first, second = trainer.commands(), trainer.commands()
+    assert [command.name for command in first] == ["trainer", "trainer.rank1"]
+    assert [command.env["RANK"] for command in first] == ["0", "1"]
+    assert {command.env["OMP_NUM_THREADS"] for command in first} == {"3"}
+    places = [{command.env["NPD_RENDEZVOUS"] for command in commands} for commands in (first, second)]
+    assert len(places[0]) == len(places[1]) == 1
+    assert places[0] != places[1]
+    assert annotator.commands()[0].argv[-2:] == ["annotator", str(directory.config)]
+    assert teacher.commands()[0].argv[-2:] == ["--policy", "teacher"]
+    assert "RANK" not in student.commands()[0].env
+    assert not any(role.is_done() for role in (trainer, annotator, teacher, student))
+
+
+def test_progress_is_read_from_the_run_directory(inputs: Inputs) -> None:
+    inputs.set("rollout.samples_per_unit", 2)
+    directory = RunDirectory(inputs.run)
+    plan = make_plan(inputs.config, 6, 3)
+    progress = Progress(directory, plan)
+    assert progress.describe([]) == "heldout: 0/2 units rolled out"
+    for unit in range(2):
+        write_atomically(directory.unit("rollouts", "heldout", unit), b"")
+    write_atomically(directory.unit("rollouts", "round_0000", 0), b"")
+    with open(directory.metrics("trainer"), "w") as file:
+        file.write('{"time": 1, "event": "step", "step": 3, "train/loss": 1.25}\n{"time": 2, "event": "st')
+    assert progress.describe([]) == "round_0000: 1/3 units rolled out, 0 annotated | step 3 loss 1.2500"
+    for index in (0, 1):
+        for unit in range(3):
+            write_atomically(directory.unit("samples", f"round_000{index}", unit), b"")
+    assert progress.describe([]).startswith("every response annotated")
+    progress.finish()
+    phases = [
+        record["name"] for record in read_metrics(directory.metrics("x").parent) if record.get("event") == "phase"
+    ]
+    assert phases == ["heldout", "round_0000", "finishing"]
+
+
+def test_the_end_of_a_log(tmp_path: Path) -> None:
+    log = tmp_path / "a.log"
+    assert tail(log, 3) == []
+    assert last_message(log) == ""
+    log.write_bytes(b"x" * 100_000 + b"\nold\n\n10%\r50%\r100%\n2026-01-02 03:04:05 INFO rank 1 waiting for \xff\n")
+    assert tail(log, 2) == ["100%", "2026-01-02 03:04:05 INFO rank 1 waiting for \ufffd"]
+    assert last_message(log) == "waiting for \ufffd"
+    assert last_message(log, start=log.stat().st_size) == ""
+
+
+def test_the_last_record_of_an_event(tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path / "m.jsonl", "trainer")
+    assert last_record(tmp_path / "m.jsonl", "step") is None
+    metrics.log("step", 1)
+    metrics.log("step", 2)
+    metrics.log("publish", version=1)
+    record = last_record(tmp_path / "m.jsonl", "step")
+    assert record is not None
+    assert record["step"] == 2
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_console_on_a_terminal_and_in_a_file(tmp_path: Path) -> None:
+    terminal, file = Terminal(), io.StringIO()
+    for stream in (terminal, file):
+        console = Console(tmp_path / "log", stream)
+        assert console.wants_progress
+        console.progress("working")
+        assert not console.wants_progress
+        console.progress("working")
+        console.say("done")
+    assert terminal.getvalue() == "\r\x1b[Knpd: working" * 2 + "\r\x1b[Knpd: done\n"
+    assert file.getvalue() == "npd: working\nnpd: done\n"
