@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -121,7 +122,7 @@ def _load(arguments: Arguments) -> Config:
 
 
 def _enter_role(arguments: Arguments, role: str) -> Config:
-    """The configuration of a role whose run directory is prepared; sets up logging and environment."""
+    """The configuration of a role whose run directory is prepared; sets up logging, environment and SIGTERM."""
     from megatron_npd.launch.logs import configure_logging
     from megatron_npd.launch.prepare import open_run
     from megatron_npd.launch.roles import role_environment
@@ -131,6 +132,8 @@ def _enter_role(arguments: Arguments, role: str) -> Config:
     for name, value in role_environment(config, role).items():
         os.environ.setdefault(name, value)
     configure_logging()
+    # A stopped role unwinds like a failing one, and so returns its leases instead of letting them expire.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     return config
 
 

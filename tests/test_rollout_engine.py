@@ -61,8 +61,8 @@ def engines_live_on():
     engines, make = [], RolloutEngine.__init__
 
     def make_and_keep(self, *arguments) -> None:
-        engines.append(self)
         make(self, *arguments)
+        engines.append(self)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RolloutEngine, "__init__", make_and_keep)

@@ -6,6 +6,7 @@ import fcntl
 import io
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -23,9 +24,10 @@ from megatron_npd.launch.logs import last_message, tail
 from megatron_npd.launch.processes import Child, Command, describe_exit, stop
 from megatron_npd.launch.progress import Progress, last_record
 from megatron_npd.launch.roles import Role, roles_of
+from megatron_npd.launch.stale_leases import return_stale_leases
 from megatron_npd.launch.supervisor import MAX_STARTS, watch
 from megatron_npd.observe.metrics import Metrics, read_metrics
-from megatron_npd.run_directory import RunDirectory, write_atomically
+from megatron_npd.run_directory import RunDirectory, write_atomically, write_json
 
 SLEEP = "import time; time.sleep(60)"
 WITH_GRANDCHILD = """
@@ -168,6 +170,7 @@ from pathlib import Path
 from megatron_npd.launch.console import Console
 from megatron_npd.launch.processes import Command
 from megatron_npd.launch.roles import Role
+from megatron_npd.launch.stale_leases import return_stale_leases
 from megatron_npd.launch.supervisor import watch
 
 folder, code = Path(sys.argv[1]), sys.argv[2]
@@ -238,6 +241,47 @@ def test_one_supervisor_a_run_directory(inputs: Inputs, capsys: pytest.CaptureFi
     assert "process 4711 already runs it" in captured.err
 
 
+def test_leases_of_dead_processes_are_returned(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path)
+    gone = subprocess.Popen([sys.executable, "-S", "-c", ""])
+    gone.wait()
+    here = socket.gethostname()
+    holders = [(here, gone.pid), (here, os.getpid()), ("elsewhere", gone.pid)]
+    for unit, (host, pid) in enumerate(holders):
+        write_json(directory.lease("rollouts", "round_0000", unit), {"host": host, "pid": pid})
+    write_atomically(directory.lease("samples", "warmup", 0), b'{"host": ')
+    assert return_stale_leases(directory) == 1
+    left = [directory.lease("rollouts", "round_0000", unit).exists() for unit in range(3)]
+    assert left == [False, True, True]
+    assert directory.lease("samples", "warmup", 0).exists()
+    assert return_stale_leases(RunDirectory(tmp_path / "empty")) == 0
+
+
+ROLE_AT_WORK = """
+import sys, time
+from pathlib import Path
+from megatron_npd.buffer.leases import lease
+from megatron_npd.cli import _enter_role, _parser
+
+_enter_role(_parser().parse_args(["rollout", sys.argv[1]]), "rollout")
+with lease(Path(sys.argv[2]), 300):
+    print("working", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_stopped_role_returns_its_lease(inputs: Inputs, tmp_path: Path) -> None:
+    assert main(["prepare", str(inputs.path)]) == 0
+    path = tmp_path / "unit.json"
+    argv = [sys.executable, "-c", ROLE_AT_WORK, str(inputs.run / "config.toml"), str(path)]
+    child = Child(Command("role", argv, tmp_path / "role.log"))
+    wait_until(lambda: "working" in (tmp_path / "role.log").read_text())
+    assert path.exists()
+    assert stop([child]) == []
+    assert child.poll() == 143
+    assert not path.exists()
+
+
 def test_ranks_meet_at_a_fresh_place_each_start(inputs: Inputs, tmp_path: Path) -> None:
     inputs.set("training.data_parallel_size", 2)
     inputs.set("training.threads", 3)
@@ -285,8 +329,10 @@ def test_the_end_of_a_log(tmp_path: Path) -> None:
     log = tmp_path / "a.log"
     assert tail(log, 3) == []
     assert last_message(log) == ""
-    log.write_bytes(b"x" * 100_000 + b"\nold\n\n10%\r50%\r100%\n2026-01-02 03:04:05 INFO rank 1 waiting for \xff\n")
-    assert tail(log, 2) == ["100%", "2026-01-02 03:04:05 INFO rank 1 waiting for \ufffd"]
+    log.write_bytes(
+        b"x" * 100_000 + b"\nold\n\n10%\r50%\r100%\n2026-01-02 03:04:05 INFO rank 1 waiting for \xff\n[W] noise\n"
+    )
+    assert tail(log, 3) == ["100%", "2026-01-02 03:04:05 INFO rank 1 waiting for \ufffd", "[W] noise"]
     assert last_message(log) == "waiting for \ufffd"
     assert last_message(log, start=log.stat().st_size) == ""
 

@@ -22,6 +22,7 @@ def configure_logging() -> None:
         stream=sys.stderr,
         force=True,
     )
+    logging.getLogger("megatron").setLevel(logging.WARNING)  # it says on each import what it found
 
 
 def tail(path: Path, lines: int, start: int = 0) -> list[str]:
@@ -39,6 +40,6 @@ def tail(path: Path, lines: int, start: int = 0) -> list[str]:
 
 
 def last_message(path: Path, start: int = 0) -> str:
-    """The newest log line without time and level, or an empty string."""
-    last = tail(path, 1, start)
-    return _PREFIX.sub("", last[0]).strip() if last else ""
+    """The newest log line without time and level, or an empty string; what libraries print is passed over."""
+    ours = (line for line in reversed(tail(path, 50, start)) if _PREFIX.match(line))
+    return _PREFIX.sub("", next(ours, "")).strip()

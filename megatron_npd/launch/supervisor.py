@@ -26,6 +26,7 @@ from megatron_npd.launch.prepare import prepare
 from megatron_npd.launch.processes import Child, describe_exit, stop
 from megatron_npd.launch.progress import Progress
 from megatron_npd.launch.roles import Role, roles_of
+from megatron_npd.launch.stale_leases import return_stale_leases
 from megatron_npd.run_directory import RunDirectory
 
 POLL_SECONDS = 0.2
@@ -52,6 +53,8 @@ def supervise(config: Config) -> int:
         console, progress = Console(run.log("supervisor")), Progress(run, plan)
         roles = roles_of(config, run, plan, Path(scratch))
         console.say(f"run directory {run.root}")
+        if returned := return_stale_leases(run):
+            console.say(f"returned {returned} leases of processes that are gone")
         status = watch(roles, console, progress.describe)
         progress.finish()
         if status == 0:

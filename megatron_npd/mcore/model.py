@@ -56,16 +56,21 @@ def build_gpt(
     dtype: torch.dtype,
     attention_backend: str,
     sequence_parallel: bool = False,
+    padded_for: int | None = None,
 ) -> GPTModel:
     """This rank's part of a GPT model with uninitialised meaning: load weights before use.
+
+    `padded_for`: pad heads and vocabulary as for this tensor-parallel size instead of the layout's own, to load a
+    Megatron checkpoint that was saved at it.
 
     `forward(ids [1, T], positions [1, T], None, packed_seq_params=...)` gives logits [1, T, V / TP] on the last
     pipeline stage, hidden states on the others.
     """
-    kv_heads = dims.padded_kv_heads(parallel.tp_size)
+    padded_for = padded_for or parallel.tp_size
+    kv_heads = dims.padded_kv_heads(padded_for)
     if kv_heads != dims.num_kv_heads:
         logger.info(
-            "key-value heads padded with zeros from %d to %d for TP %d", dims.num_kv_heads, kv_heads, parallel.tp_size
+            "key-value heads padded with zeros from %d to %d for TP %d", dims.num_kv_heads, kv_heads, padded_for
         )
     config = TransformerConfig(
         num_layers=dims.num_layers,
@@ -101,7 +106,7 @@ def build_gpt(
     model = GPTModel(
         config,
         _block_spec(config, attention_backend),
-        vocab_size=padded_vocab_size(dims.vocab_size, parallel.tp_size),
+        vocab_size=padded_vocab_size(dims.vocab_size, padded_for),
         max_sequence_length=dims.max_positions,
         pre_process=parallel.is_first_stage,
         post_process=parallel.is_last_stage,

@@ -1,0 +1,81 @@
+"""Hugging Face → every rank's Megatron shard → Hugging Face is bit-exact, padding included."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import make_llama
+
+from megatron_npd.errors import UserError
+from megatron_npd.hf_config import read_model_dims
+from megatron_npd.parallel import SINGLE
+from megatron_npd.weights.load import load_hugging_face
+from megatron_npd.weights.name_map import hugging_face_names, is_tied_copy, rules_for
+
+AWKWARD = {
+    "hidden_size": 96,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "vocab_size": 131,
+    "num_hidden_layers": 2,
+}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_round_trip_is_bit_exact(tied: bool, size: int, tmp_path: Path) -> None:
+    folder = make_llama(tmp_path / "model", 0, tied=tied, **AWKWARD)
+    dims, original = read_model_dims(folder), load_file(folder / "model.safetensors")
+    back: dict[str, torch.Tensor] = {}
+    for name, (rule, layer) in rules_for(dims).items():
+        names = hugging_face_names(rule, layer)
+        shards = [rule.layout.shard([original[n] for n in names], dims, rank, size) for rank in range(size)]
+        assert len({shard.shape for shard in shards}) == 1, f"{name}: ranks hold different shapes"
+        if not is_tied_copy(name, dims):
+            back |= dict(zip(names, rule.layout.unshard(shards, dims), strict=True))
+    assert set(back) == set(original)
+    for name, tensor in original.items():
+        assert torch.equal(back[name], tensor), name
+
+
+def spoil(folder: Path, change) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), "tensor model.layers.1.mlp.up_proj.weight missing"),
+        (lambda t: t.update({"model.extra": torch.zeros(1)}), "tensor model.extra not known"),
+        (lambda t: t.update({"model.norm.weight": torch.zeros(7)}), "decoder.final_layernorm.weight does not fit"),
+    ],
+)
+def test_a_wrong_checkpoint_changes_nothing(change, message: str, tmp_path: Path) -> None:
+    folder = make_llama(tmp_path / "model", 0)
+    dims = read_model_dims(folder)
+    parameters = {
+        name: torch.full_like(
+            rule.layout.shard(
+                [load_file(folder / "model.safetensors")[n] for n in hugging_face_names(rule, layer)], dims, 0, 1
+            ),
+            7.0,
+        )
+        for name, (rule, layer) in rules_for(dims).items()
+    }
+    spoil(folder, change)
+    with pytest.raises(UserError, match=message):
+        load_hugging_face(parameters, folder, dims, SINGLE)
+    assert all((parameter == 7.0).all() for parameter in parameters.values())
+
+
+def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
+    folder = make_llama(tmp_path / "model", 0)
+    dims = read_model_dims(folder)
+    (folder / "model.safetensors").write_bytes(b"not safetensors")
+    with pytest.raises(UserError, match=r"model\.safetensors: not a readable safetensors file"):
+        load_hugging_face({}, folder, dims, SINGLE)

@@ -1,0 +1,179 @@
+"""Packed prefill through real Megatron against transformers, and the annotation of a shard."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import EOS, VOCAB_SIZE, make_llama
+from tiny_tokenizer import make_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megatron_npd.buffer.shards import Shard, concatenate_ragged, read_shard, write_shard
+from megatron_npd.config import Config, load_config
+from megatron_npd.errors import UserError
+from megatron_npd.parallel import Parallel
+from megatron_npd.schema import FinishReason, Verdict
+
+
+@pytest.fixture(scope="module")
+def parallel() -> Iterator[Parallel]:
+    from megatron_npd.mcore.parallel import initialize, shutdown
+
+    yield initialize()
+    shutdown()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return {name: make_llama(root / name, seed) for seed, name in enumerate(("teacher", "student"))}
+
+
+@pytest.fixture(scope="module")
+def models(folders: dict[str, Path], parallel: Parallel) -> dict:
+    from megatron_npd.teacher.prefill import PrefillModel
+
+    return {n: PrefillModel(f, parallel, torch.float32, "reference", VOCAB_SIZE) for n, f in folders.items()}
+
+
+def pairs_of(count: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    generator = np.random.default_rng(0)
+
+    def tokens(low: int, high: int) -> np.ndarray:
+        return generator.integers(3, VOCAB_SIZE, generator.integers(low, high)).astype(np.int32)
+
+    return [(tokens(1, 20), np.append(tokens(0, 30), EOS).astype(np.int32)) for _ in range(count)]
+
+
+def hf_logprobs(folder: Path, prefix: np.ndarray, response: np.ndarray) -> torch.Tensor:
+    """float32 [R, V] of Hugging Face, one sequence at a time, unpacked."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = torch.from_numpy(np.concatenate([prefix, response]).astype(np.int64))
+    with torch.no_grad():
+        return model(ids[None]).logits[0, len(prefix) - 1 : -1].log_softmax(-1)
+
+
+def test_packed_nll_and_topk_equal_hugging_face(models: dict, folders: dict[str, Path]) -> None:
+    pairs = pairs_of(9)
+    nll, annotations = models["teacher"].annotate(pairs, 64, 5)
+    assert np.array_equal(nll, models["teacher"].mean_nll(pairs, 200)), "scores depend on how they were packed"
+    for (prefix, response), score, annotation in zip(pairs, nll, annotations, strict=True):
+        logprobs = hf_logprobs(folders["teacher"], prefix, response)
+        targets = torch.from_numpy(response.astype(np.int64))
+        assert score == pytest.approx(-logprobs.gather(1, targets[:, None]).mean().item(), abs=1e-5)
+        top = logprobs.topk(5, -1)
+        np.testing.assert_array_equal(annotation.ids, top.indices.numpy())
+        np.testing.assert_allclose(annotation.logprobs, top.values.numpy(), atol=2e-5)
+        np.testing.assert_allclose(annotation.tail_mass, 1 - top.values.exp().sum(-1).numpy(), atol=2e-5)
+
+
+def make_config(folders: dict[str, Path], tmp_path: Path) -> Config:
+    path = tmp_path / "run.toml"
+    path.write_text(
+        f'run_directory = "{tmp_path}/run"\n'
+        f'[models]\nteacher = "{folders["teacher"]}"\nstudent = "{folders["student"]}"\n'
+        '[prompts]\ntrain = "t"\nheldout = "h"\nmax_prompt_tokens = 32\n[rollout]\nmax_new_tokens = 32\n'
+        "[annotator]\ntop_k = 4\npack_length = 64\n[training]\nsequence_length = 64\n"
+    )
+    return load_config(path)
+
+
+def make_rollouts(pairs: list[tuple[np.ndarray, np.ndarray]], reasons: list[FinishReason]) -> Shard:
+    prompt_ids, prompt_offsets = concatenate_ragged([p for p, _ in pairs], "int32")
+    response_ids, response_offsets = concatenate_ragged([r for _, r in pairs], "int32")
+    count = len(pairs)
+    return Shard(
+        "rollouts",
+        {
+            "prompt_index": np.arange(count),
+            "sample_index": np.zeros(count, np.int32),
+            "seed": np.arange(count),
+            "policy_version": np.zeros(count, np.int32),
+            "finish_reason": np.array(reasons, np.uint8),
+            "prompt_ids": prompt_ids,
+            "prompt_offsets": prompt_offsets,
+            "response_ids": response_ids,
+            "response_offsets": response_offsets,
+            "behaviour_logprobs": np.zeros(len(response_ids), np.float32),
+        },
+        {},
+    )
+
+
+def test_annotation_judges_and_annotates_what_is_kept(models: dict, folders: dict[str, Path], tmp_path: Path) -> None:
+    from megatron_npd.teacher.annotation import annotate_shard
+
+    config, prefix = make_config(folders, tmp_path), np.array([1], np.int32)
+    pairs = pairs_of(12)
+    pairs[0] = (pairs[0][0], np.array([EOS], np.int32))  # empty
+    pairs[1] = (pairs[1][0], np.array([5, VOCAB_SIZE + 7, EOS], np.int32))  # no such token
+    reasons = [FinishReason.STOP] * 12
+    reasons[2] = FinishReason.LENGTH
+    shard = make_rollouts(pairs, reasons)
+    samples, tokens = annotate_shard(
+        shard, config, models["teacher"], models["student"], prefix, frozenset({EOS}), VOCAB_SIZE
+    )
+    write_shard(tmp_path / "samples.safetensors", samples)
+    samples = read_shard(tmp_path / "samples.safetensors", "samples")
+    assert samples["verdict"][:3].tolist() == [Verdict.EMPTY, Verdict.OUT_OF_VOCABULARY, Verdict.TRUNCATED]
+    assert np.isfinite(samples["delta_ifd"][2:]).all()
+    kept = samples["verdict"] == Verdict.KEPT
+    delta = samples["delta_ifd"][3:]
+    np.testing.assert_array_equal(kept[3:], (delta >= 0) & (delta <= config.selection.tau))
+    lengths = np.array([len(response) for _, response in pairs])
+    np.testing.assert_array_equal(np.diff(samples["topk_offsets"]), np.where(kept, lengths, 0))
+    # Numerator and denominator: the same tokens, given the prompt and given the prefix alone.
+    for row in (4, 7):
+        response = pairs[row][1]
+        for name in ("teacher", "student"):
+            for form, before in (("conditional", pairs[row][0]), ("unconditional", prefix)):
+                logprobs = hf_logprobs(folders[name], before, response)
+                nll = -logprobs.gather(1, torch.from_numpy(response.astype(np.int64))[:, None]).mean().item()
+                assert samples[f"nll_{name}_{form}"][row] == pytest.approx(nll, abs=1e-5)
+    scored = [pair for row, pair in enumerate(pairs) if row != 1]
+    assert tokens == 2 * sum(len(p) + 2 * len(r) + len(prefix) - 2 for p, r in scored)
+
+
+def test_teacher_equal_to_student_gives_zero_delta(models: dict, folders: dict[str, Path], tmp_path: Path) -> None:
+    from megatron_npd.teacher.annotation import annotate_shard
+    from megatron_npd.teacher.heldout import evaluate_heldout
+
+    teacher, pairs = models["teacher"], pairs_of(6)
+    shard = make_rollouts(pairs, [FinishReason.STOP] * 6)
+    config = make_config(folders, tmp_path)
+    samples, _ = annotate_shard(shard, config, teacher, teacher, np.array([1], np.int32), frozenset({EOS}), VOCAB_SIZE)
+    assert (samples["delta_ifd"] == 0).all()
+    figures = evaluate_heldout(teacher, teacher, pairs, 64)
+    assert figures.heldout_kl == pytest.approx(0, abs=1e-6) and figures.top1_agreement == 1.0
+
+
+def test_heldout_kl_is_the_full_forward_kl(models: dict, folders: dict[str, Path]) -> None:
+    from megatron_npd.teacher.heldout import evaluate_heldout
+
+    pairs = pairs_of(5)
+    figures = evaluate_heldout(models["teacher"], models["student"], pairs, 64)
+    kls = []
+    for prefix, response in pairs:
+        log_p, log_q = (hf_logprobs(folders[name], prefix, response).double() for name in ("teacher", "student"))
+        kls.append((log_p.exp() * (log_p - log_q)).sum(-1))
+    assert figures.heldout_kl == pytest.approx(torch.cat(kls).mean().item(), abs=1e-5)
+    assert figures.tokens == sum(len(response) for _, response in pairs)
+
+
+def test_unconditional_prefix(tmp_path: Path) -> None:
+    from megatron_npd.teacher.prefix import unconditional_prefix
+
+    make_tokenizer(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    header = unconditional_prefix(tokenizer, "assistant_header")
+    chat = [{"role": "user", "content": "hello"}]
+    whole = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=False)
+    assert header and whole[-len(header) :] == header
+    assert unconditional_prefix(tokenizer, "auto") == header, "a BOS that is never prepended is no document start"
+    tokenizer.bos_token = None
+    with pytest.raises(UserError, match="has no BOS token"):
+        unconditional_prefix(tokenizer, "bos")
