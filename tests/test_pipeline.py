@@ -1,0 +1,126 @@
+"""The whole pipeline on tiny models: real Megatron at TP 2, real vLLM, real files; then the same buffer again."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import Inputs, write_prompts
+
+from megatron_npd.buffer.versions import MANIFEST, published_versions, verify_version
+from megatron_npd.config import Config, load_config
+from megatron_npd.run_directory import RunDirectory, read_json
+
+pytestmark = pytest.mark.slow
+VERIFY = Path(__file__).parents[1] / "tools" / "verify_student.py"
+
+
+def npd(*arguments: str | Path, status: int = 0) -> str:
+    """Run an npd command to its end; its stdout."""
+    command = [sys.executable, "-m", "megatron_npd.cli", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=540)
+    assert done.returncode == status, done.stderr[-6000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def finished(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    """A finished run: warm-up, two rounds, one refresh between them."""
+    root = tmp_path_factory.mktemp("pipeline")
+    shutil.copytree(checkpoints, root, dirs_exist_ok=True)
+    inputs = Inputs(root)
+    write_prompts(inputs.train, {f"t{i}": f"What is {i} plus {i}?" for i in range(24)})
+    inputs.set("warmup", {"samples_per_prompt": 1, "epochs": 2, "lr": 1e-2})
+    inputs.set("rounds", {"count": 2, "epochs_per_round": 2})
+    inputs.set("rollout", {"max_new_tokens": 24, "samples_per_unit": 10, "kv_cache_gib": 0.05, "threads": 1})
+    inputs.set("selection", {"reject_truncated": False})  # random models rarely end by themselves
+    inputs.set("annotator.threads", 1)
+    inputs.set("training", {"tensor_model_parallel_size": 2, "sequence_parallel": True, "sequence_length": 128})
+    inputs.set("training.lr", 3e-3)
+    inputs.set("training.min_lr", 3e-4)
+    inputs.set("training.global_batch_size", 2)
+    npd("run", inputs.path)
+    return inputs
+
+
+def test_summary_tells_what_happened(finished: Inputs) -> None:
+    summary = json.loads((finished.run / "summary.json").read_text())
+    assert summary["rounds"] == 2 and summary["refreshes"] == 1
+    rejected = sum(summary["rollouts_rejected"].values())
+    assert summary["rollouts_generated"] == summary["rollouts_kept"] + rejected == 48
+    assert summary["rollouts_kept"] > 0 and summary["rollouts_rejected"]["degenerate"] > 0
+    assert summary["heldout_kl_after"] < summary["heldout_kl_before"]
+    assert summary["optimizer_steps"] > 0 and summary["trained_tokens"] > 0
+    assert 0 < summary["packing_efficiency"] <= 1
+    assert summary["attention_backend"] == "reference"
+    assert {"torch", "megatron-core", "transformers"} <= set(summary["versions"])
+    assert (finished.run / "report.html").stat().st_size > 10_000
+
+
+def test_every_version_is_complete_and_evaluated(finished: Inputs) -> None:
+    run = RunDirectory(finished.run)
+    assert published_versions(run) == [0, 1, 2, 3]
+    for version in published_versions(run):
+        assert verify_version(run.version(version)).version == version
+        assert read_json(run.evaluation(version))["heldout_kl"] > 0
+
+
+def test_rejected_samples_are_shown_with_scores_and_reasons(finished: Inputs) -> None:
+    text = npd("inspect", finished.run, "--rejected")
+    assert "DEGENERATE" in text and "Δ-IFD" in text
+    for line in npd("inspect", finished.run, "--rejected", "--json", "--limit", "3").splitlines():
+        assert json.loads(line)
+
+
+def test_exported_student_answers_as_the_trainers_model(finished: Inputs) -> None:
+    command = [sys.executable, str(VERIFY), str(finished.run), "--prompts", "3", "--max-new-tokens", "12"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "agree on 3 answers" in done.stdout
+
+
+def test_running_again_does_nothing(finished: Inputs) -> None:
+    before = {file: file.stat().st_mtime_ns for file in (finished.run / "weights").rglob("*")}
+    npd("run", finished.path)
+    assert {file: file.stat().st_mtime_ns for file in (finished.run / "weights").rglob("*")} == before
+
+
+def test_the_same_buffer_trains_bit_identical_weights(finished: Inputs, tmp_path: Path) -> None:
+    """Only prompts, rollouts, samples and configuration are copied; the trainer alone does everything again."""
+    original, copy = RunDirectory(finished.run), RunDirectory(tmp_path / "run")
+    for name in ("prompts", "rollouts", "samples"):
+        shutil.copytree(original.root / name, copy.root / name)
+    for name in ("config.toml", "provenance.json"):
+        shutil.copy(original.root / name, copy.root / name)
+    text = copy.config.read_text().replace(str(original.root), str(copy.root))
+    copy.config.write_text(text)
+    run_trainer(load_config(copy.config), copy)
+    for version in published_versions(original):
+        ours, theirs = (read_json(run.version(version) / MANIFEST) for run in (copy, original))
+        assert ours["files"] == theirs["files"], f"version {version} differs"
+
+
+def run_trainer(config: Config, run: RunDirectory) -> None:
+    """Every trainer rank as the supervisor starts it, without any other role."""
+    ranks = []
+    for rank in range(config.training.world_size):
+        environment = os.environ | {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(config.training.world_size),
+            "NPD_RENDEZVOUS": str(run.root / "rendezvous"),
+            "GLOO_SOCKET_IFNAME": "lo",
+            "OMP_NUM_THREADS": str(config.training.threads),
+        }
+        command = [sys.executable, "-m", "megatron_npd.cli", "trainer", str(run.config)]
+        ranks.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    try:
+        logs = [rank.communicate(timeout=300)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert all(rank.returncode == 0 for rank in ranks), "\n".join(logs)[-6000:]
