@@ -71,7 +71,7 @@ def compare(run: RunDirectory, config: Config, prompts: Answers, max_new_tokens:
 
 def vllm_answers(run: RunDirectory, config: Config, prompts: Answers, max_new_tokens: int) -> Answers:
     """Greedy answers of plain vLLM on the exported folder."""
-    from megatron_npd.rollout.engine import RolloutEngine, Request
+    from megatron_npd.rollout.engine import Request, RolloutEngine
     from megatron_npd.schema import TEACHER_VERSION
 
     stop = eos_token_ids(run.student)

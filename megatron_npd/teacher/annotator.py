@@ -55,8 +55,8 @@ def run(config: Config) -> None:
         while (task := annotator.next_task()) is not None:
             with annotator.leased(task) as held:
                 if not held:
-                    continue
-                if task.stage is None:
+                    annotator.passed_over.add(task)
+                elif task.stage is None:
                     annotator.evaluate(task.version)
                 else:
                     annotator.annotate(annotator.plan.stages[task.stage], task.unit)
@@ -82,6 +82,8 @@ class Annotator:
         self.prefix = self._unconditional_prefix()
         self.end_tokens = eos_token_ids(config.models.student)
         self.plan = self._plan()
+        self.passed_over: set[Task] = set()
+        """Tasks another annotator was working on when this one came by; looked at again when nothing else is left."""
         self.metrics = Metrics(self.run.metrics("annotator"), "annotator") if self.parallel.rank == 0 else None
         self._log("start", seconds=time.monotonic() - started, attention_backend=backend)
 
@@ -139,21 +141,32 @@ class Annotator:
             yield bool(broadcast_object(None))
 
     def _look(self) -> Task | str | None:
-        """First a unit the trainer may be waiting for, then an evaluation, then "done"; None: nothing yet."""
-        undone = False
+        """A task, "done", or None: nothing yet."""
+        tasks = list(self._open_tasks())
+        free = next((task for task in tasks if task not in self.passed_over), None)
+        if free is None:
+            self.passed_over.clear()
+        finished = not tasks and self._all_annotated() and self.run.evaluation(self.plan.final_version).exists()
+        return "done" if finished else free
+
+    def _open_tasks(self) -> Iterator[Task]:
+        """First units, which the trainer may be waiting for, then evaluations."""
         for stage in self.plan.training_stages:
             for unit in range(stage.units):
-                if self.run.unit("samples", stage.name, unit).exists():
-                    continue
-                undone = True
-                if self.run.unit("rollouts", stage.name, unit).exists():
-                    return Task(stage.name, unit)
+                rolled_out = self.run.unit("rollouts", stage.name, unit).exists()
+                if rolled_out and not self.run.unit("samples", stage.name, unit).exists():
+                    yield Task(stage.name, unit)
         if self._heldout_is_complete():
             for version in published_versions(self.run):
                 if not self.run.evaluation(version).exists():
-                    return Task(None, version=version)
-        finished = self.run.evaluation(self.plan.final_version).exists()
-        return "done" if finished and not undone else None
+                    yield Task(None, version=version)
+
+    def _all_annotated(self) -> bool:
+        return all(
+            self.run.unit("samples", stage.name, unit).exists()
+            for stage in self.plan.training_stages
+            for unit in range(stage.units)
+        )
 
     def _read_rollouts(self, stage: Stage, unit: int) -> Shard | None:
         """A verified rollout shard on every rank; None if it was corrupt (rank 0 set it aside)."""

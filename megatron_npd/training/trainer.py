@@ -66,6 +66,8 @@ class Trainer:
         self.trainable = make_trainable(model, layout, self.parallel)
         self.step = 0
         self.finished: list[str] = []
+        self.drifted: set[str] = set()
+        """Stages whose near-policy limit was passed, and that were warned of."""
         self._resume()
         self.metrics = self._open_metrics()
         self.log(
@@ -181,7 +183,9 @@ class Trainer:
         limit = self.config.near_policy.kl_limit
         if drift is None or drift <= limit:
             return False
-        logger.warning("%s: near-policy KL %.3f is past near_policy.kl_limit = %.3f", stage.name, drift, limit)
+        if stage.name not in self.drifted:
+            self.drifted.add(stage.name)
+            logger.warning("%s: near-policy KL %.3f is past near_policy.kl_limit = %.3f", stage.name, drift, limit)
         early = self.config.near_policy.action == "refresh"
         return early and stage.version + 1 < self.plan.final_version
 
