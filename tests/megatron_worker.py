@@ -67,7 +67,7 @@ def main(job: dict[str, Any]) -> None:
     dims = read_model_dims(job["checkpoint"])
     model = build_gpt(dims, parallel, torch.float32, choose_backend("auto", torch.float32), config.sequence_parallel)
     load_hugging_face(named_parameters(model), job["checkpoint"], dims, parallel)
-    loaded = dict(gather_hugging_face(named_parameters(model), dims, parallel))
+    loaded = {n: t.clone() for n, t in gather_hugging_face(named_parameters(model), dims, parallel)}
     trainable = make_trainable(model, config, parallel)
     samples = make_samples(dims.vocab_size)
     packs = packs_of(len(samples), job.get("samples_per_pack", 3))

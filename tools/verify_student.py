@@ -125,7 +125,7 @@ def megatron_disagreement(run: RunDirectory, config: Config, prompts: Answers, a
     pairs = [(np.array(p), np.array(a)) for p, a in zip(prompts, answers, strict=True)]
     tokens, cu_seqlens, rows = (torch.from_numpy(array) for array in lay_out(pairs))
     with torch.no_grad():
-        logits = forward_packed(model, tokens, cu_seqlens)[rows]
+        logits = forward_packed(model, tokens, cu_seqlens, rows)
     best = top_token(logits, parallel, dims.vocab_size).tolist()
     shutdown()
     for index, answer in enumerate(answers):

@@ -19,8 +19,8 @@ import torch.distributed as dist
 
 from megatron_npd.parallel import Parallel
 
-CHUNK = 256
-"""Tokens whose logits are held in float32 at a time."""
+CHUNK = 64
+"""Tokens whose logits are held in float32 at a time: few enough to stay in a CPU's cache between passes."""
 
 
 @dataclass(frozen=True)
@@ -141,13 +141,11 @@ class _CeTopkKl(torch.autograd.Function):
         p_TK = logprobs_TK.float().exp()
         parts = []
         for rows, z_CV in _chunks(logits_TV, valid):
-            own_S_CK, own_y_C1 = _is_owned(ids_TK[rows], first, valid), targets_T[rows, None]
-            z_S_CK = _owned(z_CV, ids_TK[rows], first)
+            own_S_CK, z_S_CK = _is_owned(ids_TK[rows], first, valid), _owned(z_CV, ids_TK[rows], first)
+            target = _owned(z_CV, targets_T[rows, None], first).sum(-1)
             inside = torch.logsumexp(z_S_CK.masked_fill(~own_S_CK, -torch.inf), -1)
-            outside = torch.logsumexp(_without(z_CV, ids_TK[rows], first), -1)
-            parts.append(
-                torch.stack([inside, outside, (p_TK[rows] * z_S_CK).sum(-1), _owned(z_CV, own_y_C1, first).sum(-1)])
-            )
+            outside = torch.logsumexp(_without(z_CV, ids_TK[rows], first), -1)  # last: it overwrites the chunk
+            parts.append(torch.stack([inside, outside, (p_TK[rows] * z_S_CK).sum(-1), target]))
         inside_RT, outside_RT, pz_RT, target_RT = _gather(torch.cat(parts, 1), parallel).unbind(1)
         lse_S_T, lse_tail_T = torch.logsumexp(inside_RT, 0), torch.logsumexp(outside_RT, 0)
         lse_T = torch.logaddexp(lse_S_T, lse_tail_T)
@@ -163,7 +161,7 @@ class _CeTopkKl(torch.autograd.Function):
             has_tail_T = tail_mass_T > 0
             log_ratio_T = tail_mass_T.clamp_min(torch.finfo(torch.float32).tiny).log() - (lse_tail_T - lse_T)
             kd_T = kd_T + torch.where(has_tail_T, tail_mass_T * log_ratio_T, 0.0)
-        lse_tail_T = lse_tail_T.masked_fill(lse_tail_T == -torch.inf, 0.0)  # no tail at all: its softmax is 0
+        lse_tail_T = torch.where(lse_tail_T == -torch.inf, lse_T, lse_tail_T)  # no tail at all: its softmax is 0
         ctx.save_for_backward(logits_TV, targets_T, ids_TK, p_TK, p_sum_T, tail_mass_T, lse_T, lse_S_T, lse_tail_T)
         ctx.settings = (kd_lambda, tail, first, valid)
         ctx.mark_non_differentiable(ce_T, kd_T)
@@ -173,33 +171,35 @@ class _CeTopkKl(torch.autograd.Function):
     def backward(ctx: Any, grad_T: torch.Tensor, *_: torch.Tensor):
         logits_TV, targets_T, ids_TK, p_TK, p_sum_T, tail_mass_T, lse_T, lse_S_T, lse_tail_T = ctx.saved_tensors
         kd_lambda, tail, first, valid = ctx.settings
+        ce_weight = 1 - kd_lambda
+        # Outside S every gradient is a factor times the tail's own softmax exp(z - lse_tail), which is at most 1:
+        # stable however little mass the student leaves there, and one exp for the whole row.
+        tail_q_T = torch.exp(lse_tail_T - lse_T)  # 1 - Q
+        kd_outside_T = {"none": p_sum_T * tail_q_T, "bucket": tail_q_T - tail_mass_T, "renormalize": 0.0}[tail]
+        factor_T = grad_T * (ce_weight * tail_q_T + kd_lambda * kd_outside_T)
         gradient_TV = torch.zeros_like(logits_TV)
         for rows, z_CV in _chunks(logits_TV, valid):
-            q_CV = torch.exp(z_CV - lse_T[rows, None])
-            q_S_CK = torch.exp(_owned(z_CV, ids_TK[rows], first) - lse_T[rows, None])
+            z_S_CK, p_CK, lse_C1 = _owned(z_CV, ids_TK[rows], first), p_TK[rows], lse_T[rows, None]
+            q_CK = torch.exp(z_S_CK - lse_C1)
             if tail == "none":
-                outside_CV = p_sum_T[rows, None] * q_CV
-                inside_CK = p_sum_T[rows, None] * q_S_CK - p_TK[rows]
+                kd_CK = p_sum_T[rows, None] * q_CK - p_CK
             elif tail == "bucket":
-                # q (1 - P) / (1 - Q) is the tail's own softmax times its teacher mass: stable however small 1 - Q is.
-                outside_CV = q_CV - tail_mass_T[rows, None] * torch.exp(z_CV - lse_tail_T[rows, None])
-                inside_CK = q_S_CK - p_TK[rows]
+                kd_CK = q_CK - p_CK
             else:
-                outside_CV = torch.zeros_like(q_CV)
-                q_in_S_CK = torch.exp(_owned(z_CV, ids_TK[rows], first) - lse_S_T[rows, None])
-                inside_CK = q_in_S_CK - p_TK[rows] / p_sum_T[rows, None]
-            kd_CV = _overwrite(outside_CV, ids_TK[rows], inside_CK, first)
-            ce_CV = _add_at(q_CV, targets_T[rows, None], -1.0, first)
-            chunk_CV = ((1 - kd_lambda) * ce_CV + kd_lambda * kd_CV) * grad_T[rows, None]
-            gradient_TV[rows, :valid] = chunk_CV.to(gradient_TV.dtype)
+                kd_CK = torch.exp(z_S_CK - lse_S_T[rows, None]) - p_CK / p_sum_T[rows, None]
+            inside_CK = (ce_weight * q_CK + kd_lambda * kd_CK) * grad_T[rows, None]
+            outside_CV = z_CV.sub_(lse_tail_T[rows, None]).exp_().mul_(factor_T[rows, None])
+            chunk_CV = _overwrite(outside_CV, ids_TK[rows], inside_CK, first)
+            chunk_CV = _add_at(chunk_CV, targets_T[rows, None], -ce_weight * grad_T[rows, None], first)
+            gradient_TV[rows, :valid] = chunk_CV
         return gradient_TV, None, None, None, None, None, None, None, None
 
 
 def _chunks(logits_TV: torch.Tensor, valid: int) -> Iterator[tuple[slice, torch.Tensor]]:
-    """(rows, float32 [rows, valid]) of successive chunks."""
+    """(rows, float32 [rows, valid]) of successive chunks; copies, which the caller may overwrite."""
     for start in range(0, len(logits_TV), CHUNK):
         rows = slice(start, min(start + CHUNK, len(logits_TV)))
-        yield rows, logits_TV[rows, :valid].detach().float()
+        yield rows, logits_TV[rows, :valid].detach().to(torch.float32, copy=True)
 
 
 def _is_owned(ids_CK: torch.Tensor, first: int, valid: int) -> torch.Tensor:
@@ -214,8 +214,8 @@ def _owned(z_CV: torch.Tensor, ids_CK: torch.Tensor, first: int) -> torch.Tensor
 
 
 def _without(z_CV: torch.Tensor, ids_CK: torch.Tensor, first: int) -> torch.Tensor:
-    """A copy with -inf at the global ids that this rank owns."""
-    return _overwrite(z_CV.clone(), ids_CK, torch.full_like(ids_CK, -torch.inf, dtype=z_CV.dtype), first)
+    """`z_CV` with -inf at the global ids that this rank owns, in place."""
+    return _overwrite(z_CV, ids_CK, torch.full_like(ids_CK, -torch.inf, dtype=z_CV.dtype), first)
 
 
 def _overwrite(into_CV: torch.Tensor, ids_CK: torch.Tensor, values_CK: torch.Tensor, first: int) -> torch.Tensor:
@@ -225,10 +225,10 @@ def _overwrite(into_CV: torch.Tensor, ids_CK: torch.Tensor, values_CK: torch.Ten
     return into_CV
 
 
-def _add_at(into_CV: torch.Tensor, ids_C1: torch.Tensor, value: float, first: int) -> torch.Tensor:
-    """Add a value at one global id a row, in place, where this rank owns it."""
+def _add_at(into_CV: torch.Tensor, ids_C1: torch.Tensor, values_C1: torch.Tensor, first: int) -> torch.Tensor:
+    """Add values at one global id a row, in place, where this rank owns it."""
     row, place = _is_owned(ids_C1, first, into_CV.shape[1]).nonzero(as_tuple=True)
-    into_CV[row, ids_C1[row, place] - first] += value
+    into_CV[row, ids_C1[row, place] - first] += values_C1[row, place]
     return into_CV
 
 

@@ -11,6 +11,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -63,8 +64,7 @@ def build_gpt(
     `padded_for`: pad heads and vocabulary as for this tensor-parallel size instead of the layout's own, to load a
     Megatron checkpoint that was saved at it.
 
-    `forward(ids [1, T], positions [1, T], None, packed_seq_params=...)` gives logits [1, T, V / TP] on the last
-    pipeline stage, hidden states on the others.
+    Run it with `forward_packed`.
     """
     padded_for = padded_for or parallel.tp_size
     kv_heads = dims.padded_kv_heads(padded_for)
@@ -115,11 +115,20 @@ def build_gpt(
         position_embedding_type="rope",
         rotary_base=dims.rope_theta,
     )
+    if parallel.is_last_stage:
+        _project_selected_rows(model, sequence_parallel)
     return model.to(dtype=dtype, device=parallel.device)
 
 
-def forward_packed(model: torch.nn.Module, tokens_T: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
-    """One forward over a packed batch: logits [T, V / TP] on the last stage, else hidden states for the next."""
+def forward_packed(
+    model: torch.nn.Module, tokens_T: torch.Tensor, cu_seqlens: torch.Tensor, rows_N: torch.Tensor
+) -> torch.Tensor:
+    """One forward over a packed batch: logits [N, V / TP] on the last stage, else hidden states for the next.
+
+    Only `rows_N` (int64, positions whose logits are wanted) are projected to the vocabulary: prompts and padding are
+    often half of a batch, and the projection is a third of a small model's work.
+    """
+    getattr(model, "module", model).projected_rows = rows_N
     lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
     starts_T = torch.repeat_interleave(cu_seqlens[:-1].long(), lengths, output_size=len(tokens_T))
     positions_T = torch.arange(len(tokens_T), device=tokens_T.device) - starts_T
@@ -135,6 +144,25 @@ def named_parameters(model: GPTModel) -> dict[str, torch.nn.Parameter]:
         return re.sub(r"decoder\.layers\.(\d+)", lambda m: f"decoder.layers.{numbers[int(m.group(1))]}", name)
 
     return {to_global(name): parameter for name, parameter in model.named_parameters()}
+
+
+def _project_selected_rows(model: GPTModel, sequence_parallel: bool) -> None:
+    """Make the output layer see only `model.projected_rows` of its input.
+
+    Under sequence parallelism the layer itself would gather the sequence; rows can only be picked after that, so the
+    gather moves before the layer, which then reduces its input's gradient as it does without sequence parallelism.
+    """
+    layer = model.output_layer
+    if sequence_parallel:
+        layer.sequence_parallel, layer.allreduce_dgrad = False, True
+
+    def select(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        hidden_T1H = inputs[0]
+        if sequence_parallel:
+            hidden_T1H = gather_from_sequence_parallel_region(hidden_T1H, tensor_parallel_output_grad=False)
+        return (hidden_T1H.index_select(0, model.projected_rows), *inputs[1:])
+
+    layer.register_forward_pre_hook(select)
 
 
 def _block_spec(config: TransformerConfig, attention_backend: str) -> TransformerBlockSubmodules:

@@ -53,7 +53,7 @@ class PrefillModel:
     def logits(self, pairs: list[Pair]) -> torch.Tensor:
         """Logits at the positions that predict the pairs' response tokens, [N, V]."""
         tokens, cu_seqlens, rows = (torch.from_numpy(x).to(self.parallel.device) for x in lay_out(pairs))
-        return forward_packed(self.model, tokens, cu_seqlens)[rows]
+        return forward_packed(self.model, tokens, cu_seqlens, rows)
 
     def mean_nll(self, pairs: list[Pair], pack_length: int) -> np.ndarray:
         """Mean negative log-likelihood of each response, nats a token, float64 [len(pairs)]; NaN for an empty one."""

@@ -46,20 +46,19 @@ def forward_step(
 
     def step(batches: Iterator[PackedBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
         batch = next(batches)
-        output = forward_packed(model, *_tensors(parallel.device, batch.tokens, batch.cu_seqlens))
+        output = forward_packed(model, *_tensors(parallel.device, batch.tokens, batch.cu_seqlens, batch.rows))
 
-        def loss(logits_TV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-            targets_N, ids_NK, logprobs_NK, tail_N, behaviour_N, rows_N = _tensors(
+        def loss(logits_NV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+            targets_N, ids_NK, logprobs_NK, tail_N, behaviour_N = _tensors(
                 parallel.device,
                 batch.targets,
                 batch.topk_ids,
                 batch.topk_logprobs,
                 batch.tail_mass,
                 batch.behaviour_logprobs,
-                batch.rows,
             )
             losses = ce_topk_kl(
-                logits_TV[rows_N],
+                logits_NV,
                 targets_N,
                 ids_NK,
                 logprobs_NK,
@@ -95,10 +94,10 @@ def logprob_step(
 
     def step(batches: Iterator[Any], model: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
         tokens, cu_seqlens, rows, targets = _tensors(parallel.device, *next(batches))
-        output = forward_packed(model, tokens, cu_seqlens)
+        output = forward_packed(model, tokens, cu_seqlens, rows)
 
-        def report(logits_TV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-            logprobs_N = token_logprobs(logits_TV[rows], targets, parallel, valid)
+        def report(logits_NV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+            logprobs_N = token_logprobs(logits_NV, targets, parallel, valid)
             return logprobs_N.sum(), torch.tensor(len(rows)), {"logprobs": logprobs_N}
 
         return output, report

@@ -73,7 +73,8 @@ def gather_hugging_face(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """(Hugging Face name, full CPU tensor) of this stage's parameters; a collective over the tensor-parallel group.
 
-    Yields on tensor-parallel rank 0 only; the other ranks take part and yield nothing.
+    Yields on tensor-parallel rank 0 only; the other ranks take part and yield nothing. A tensor may share memory with
+    its parameter.
     """
     rules = rules_for(dims)
     for name, parameter in parameters.items():
