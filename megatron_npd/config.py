@@ -97,7 +97,7 @@ class AnnotatorConfig(Section):
 class SelectionConfig(Section):
     form: Literal["ppl", "loss"] = "ppl"
     """IFD as a ratio of perplexities (Superfiltering) or of losses (Cherry LLM). tau does not carry over."""
-    tau: float = 0.8
+    tau: float = Field(0.8, ge=0.0, allow_inf_nan=False)
     """Largest delta_ifd that is kept."""
     unconditional_prefix: Literal["auto", "bos", "assistant_header"] = "auto"
     """What the unconditional pass starts from. auto: BOS where the tokenizer prepends one, else the header."""

@@ -21,7 +21,7 @@ from megatron_npd.errors import UserError
 from megatron_npd.launch.inspect import WIDTH, inspect
 from megatron_npd.launch.summary import collect_scores, summarise, write_report
 from megatron_npd.observe.metrics import Metrics
-from megatron_npd.observe.report import plot_histogram, plot_scatter
+from megatron_npd.observe.plots import plot_histogram, plot_scatter
 from megatron_npd.run_directory import RunDirectory, read_json, write_atomically, write_json
 from megatron_npd.schema import ROLLOUT_COLUMNS, TEACHER_VERSION, FinishReason, Verdict
 from megatron_npd.selection.delta_ifd import judge

@@ -35,7 +35,8 @@ from megatron_npd.buffer.plan import make_plan
 from megatron_npd.buffer.versions import BadVersionError, read_header
 from megatron_npd.config import Config
 from megatron_npd.observe.metrics import read_metrics
-from megatron_npd.observe.report import distinct_steps, render_report
+from megatron_npd.observe.plots import distinct_steps
+from megatron_npd.observe.report import render_report
 from megatron_npd.run_directory import WARMUP_STAGE, RunDirectory, read_json, round_stage, write_json
 from megatron_npd.schema import Verdict
 

@@ -22,7 +22,10 @@ class Metrics:
     def __init__(self, path: Path, role: str, tensorboard: Path | None = None):
         path.parent.mkdir(parents=True, exist_ok=True)
         self._role = role
+        torn = path.exists() and not path.read_bytes().endswith(b"\n")
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the process
+        if torn:  # a killed process left half a line: it must not swallow the first new one
+            self._file.write("\n")
         self._scalars = _summary_writer(tensorboard) if tensorboard else None
 
     def log(self, event: str, step: int | None = None, **values: Any) -> None:
@@ -43,11 +46,13 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Every record of every role below a `metrics/` folder, by time; a torn last line is passed over."""
     records = []
     for path in sorted(folder.glob("*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                records.append(json.loads(line))
+                record = json.loads(line)
             except json.JSONDecodeError:
                 continue
+            if isinstance(record, dict) and "time" in record:
+                records.append(record)
     return sorted(records, key=lambda record: record["time"])
 
 
