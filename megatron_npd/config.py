@@ -124,7 +124,7 @@ class TrainingConfig(Section):
     sequence_parallel: bool = False
     """Split norms and residuals along the sequence over the tensor-parallel ranks."""
     distributed_optimizer: bool = False
-    """Split optimizer state over the data-parallel ranks."""
+    """Split optimizer state over the data-parallel ranks. A run with it cannot be resumed yet (mcore/checkpoint.py)."""
     sequence_length: int = Field(32768, ge=16)
     """Tokens of one packed sequence (a micro-batch)."""
     global_batch_size: int = Field(8, ge=1)

@@ -65,7 +65,8 @@ def main(job: dict[str, Any]) -> None:
     )
     parallel = initialize(config.tensor_model_parallel_size, config.pipeline_model_parallel_size)
     dims = read_model_dims(job["checkpoint"])
-    model = build_gpt(dims, parallel, torch.float32, choose_backend("auto", torch.float32), config.sequence_parallel)
+    dtype = getattr(torch, job.get("dtype", "float32"))
+    model = build_gpt(dims, parallel, dtype, choose_backend("auto", dtype), config.sequence_parallel)
     load_hugging_face(named_parameters(model), job["checkpoint"], dims, parallel)
     loaded = {n: t.clone() for n, t in gather_hugging_face(named_parameters(model), dims, parallel)}
     trainable = make_trainable(model, config, parallel)

@@ -1,7 +1,7 @@
 """Saving and loading model and optimizer as a Megatron torch_dist checkpoint, with the run's state beside it.
 
 `checkpoints/iter_0000120/` is written under a temporary name and renamed when complete; `latest.txt` names the current
-one and is replaced atomically. Any tensor-, pipeline- or data-parallel layout can load it.
+one and is replaced atomically.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron.core import dist_checkpointing
 
+from megatron_npd.errors import UserError
 from megatron_npd.mcore.optimizer import Trainable, unwrap
 from megatron_npd.mcore.parallel import barrier
 from megatron_npd.run_directory import fsync_folder, read_json, write_atomically, write_json
@@ -48,7 +49,17 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def load_checkpoint(checkpoint: Path, trainable: Trainable) -> dict[str, Any]:
-    """Load weights and optimizer in place and return the run state saved with them."""
+    """Load weights and optimizer in place and return the run state saved with them.
+
+    Raises:
+        UserError: the distributed optimizer is on. With torch's Adam, megatron-core 0.16 loses its step counts on the
+            way (measured: the second step after a restart differs), so a restart would train on wrongly.
+    """
+    if trainable.model.ddp_config.use_distributed_optimizer:
+        raise UserError(
+            f"training.distributed_optimizer = true: {checkpoint} cannot be resumed with it yet; start a new "
+            "run_directory, or set it to false from the beginning"
+        )
     state = dist_checkpointing.load(_sharded_state(trainable, loading=True), str(checkpoint))
     unwrap(trainable).load_state_dict(state["model"])
     trainable.optimizer.load_state_dict(state["optimizer"])
