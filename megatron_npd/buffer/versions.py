@@ -64,7 +64,8 @@ def verify_version(folder: Path) -> VersionManifest:
     """Check every file of a published version against its manifest.
 
     Raises:
-        BadVersionError: a file is missing, truncated or changed, or a tensor is not what the manifest says.
+        BadVersionError: a file is missing, truncated, changed or not listed, or a tensor is not what the manifest says
+            or in two files.
     """
     try:
         raw = read_json(folder / MANIFEST)
@@ -79,8 +80,15 @@ def verify_version(folder: Path) -> VersionManifest:
         if sha256(file) != digest:
             raise BadVersionError(f"{file}: content differs from the checksum of version {manifest.version}")
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
+    home: dict[str, str] = {}
     for file in sorted(folder.glob("*.safetensors")):
-        found.update(read_header(file))
+        if file.name not in manifest.files:
+            raise BadVersionError(f"{file}: not listed in the manifest of version {manifest.version}")
+        header = read_header(file)
+        for name in header:
+            if home.setdefault(name, file.name) != file.name:
+                raise BadVersionError(f"{file}: tensor {name} is also in {home[name]}")
+        found.update(header)
     for name in sorted(set(found) | set(manifest.tensors)):
         if found.get(name) != manifest.tensors.get(name):
             raise BadVersionError(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -42,7 +42,7 @@ def initialize(
     if not dist.is_initialized():
         dist.init_process_group(
             "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl",
-            init_method=_init_method(world_size),
+            **_meeting_place(world_size),
             rank=rank,
             world_size=world_size,
             timeout=timeout,
@@ -87,11 +87,12 @@ def broadcast_object(value: object, source: int = 0) -> object:
     return box[0]
 
 
-def _init_method(world_size: int) -> str:
+def _meeting_place(world_size: int) -> dict[str, Any]:
+    """How the ranks find each other, as arguments of `init_process_group`."""
     if RENDEZVOUS in os.environ:
-        return f"file://{Path(os.environ[RENDEZVOUS]).resolve()}"
+        return {"init_method": f"file://{Path(os.environ[RENDEZVOUS]).resolve()}"}
     if "MASTER_ADDR" in os.environ:
-        return "env://"
+        return {"init_method": "env://"}
     if world_size > 1:
         raise ValueError(f"WORLD_SIZE = {world_size}: needs {RENDEZVOUS} or MASTER_ADDR to find the other ranks")
-    return f"file://{tempfile.mkdtemp(prefix='npd_rendezvous_')}/store"
+    return {"store": dist.HashStore()}  # alone: nobody to meet

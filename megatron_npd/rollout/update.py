@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_npd.buffer.versions import BadVersionError, VersionManifest, read_header, verify_version
+from megatron_npd.buffer.versions import BadVersionError, verify_version
 from megatron_npd.hf_config import ModelDims, read_model_dims
 
 
@@ -34,7 +34,7 @@ def read_version(folder: Path, version: int) -> ServedVersion:
     manifest = verify_version(folder)
     if manifest.version != version:
         raise BadVersionError(f"{folder}: the manifest says version {manifest.version}, expected {version}")
-    return ServedVersion(version, read_model_dims(folder), manifest.tensors, _weight_files(folder, manifest))
+    return ServedVersion(version, read_model_dims(folder), manifest.tensors, sorted(folder.glob("*.safetensors")))
 
 
 def check_update(served: ServedVersion, folder: Path, version: int) -> ServedVersion:
@@ -64,18 +64,6 @@ def check_update(served: ServedVersion, folder: Path, version: int) -> ServedVer
         if new_dims[key] != old_dims[key]:
             raise BadVersionError(f"{folder}/config.json: {key} = {new_dims[key]}, must be {old_dims[key]} as served")
     return new
-
-
-def _weight_files(folder: Path, manifest: VersionManifest) -> list[Path]:
-    """The safetensors files of a version: each hashed in the manifest, no tensor in two of them."""
-    files, home = sorted(folder.glob("*.safetensors")), {}
-    for file in files:
-        if file.name not in manifest.files:
-            raise BadVersionError(f"{file}: not listed in the manifest of version {manifest.version}")
-        for name in read_header(file):
-            if home.setdefault(name, file) != file:
-                raise BadVersionError(f"{file}: tensor {name} is also in {home[name].name}")
-    return files
 
 
 def _describe(tensor: tuple[str, tuple[int, ...]]) -> str:

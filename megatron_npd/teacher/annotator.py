@@ -116,6 +116,8 @@ class Annotator:
     def evaluate(self, version: int) -> None:
         """Held-out figures of a published version, into evaluation/."""
         pairs = self._heldout_pairs()
+        if pairs is None:
+            return
         with self._turn():
             started = time.monotonic()
             self._use_student(version)
@@ -189,10 +191,14 @@ class Annotator:
         stage = self.plan.stages[HELDOUT_STAGE]
         return all(self.run.unit("rollouts", stage.name, unit).exists() for unit in range(stage.units))
 
-    def _heldout_pairs(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        stage = self.plan.stages[HELDOUT_STAGE]
-        shards = [read_shard(self.run.unit("rollouts", stage.name, unit), "rollouts") for unit in range(stage.units)]
-        pairs = [(shard.prompt(row), shard.response(row)) for shard in shards for row in range(len(shard))]
+    def _heldout_pairs(self) -> list[tuple[np.ndarray, np.ndarray]] | None:
+        """(prompt, response) of the held-out set, without empty responses; None if a shard was corrupt."""
+        stage, pairs = self.plan.stages[HELDOUT_STAGE], []
+        for unit in range(stage.units):
+            shard = self._read_rollouts(stage, unit)
+            if shard is None:
+                return None
+            pairs += [(shard.prompt(row), shard.response(row)) for row in range(len(shard))]
         return [(prompt, response) for prompt, response in pairs if len(response)]
 
     def _report_unit(self, stage: Stage, unit: int, samples: Shard, tokens: int, seconds: float) -> None:
