@@ -73,8 +73,11 @@ def test_every_version_is_complete_and_evaluated(finished: Inputs) -> None:
 def test_rejected_samples_are_shown_with_scores_and_reasons(finished: Inputs) -> None:
     text = npd("inspect", finished.run, "--rejected")
     assert "DEGENERATE" in text and "Δ-IFD" in text
+    scores = [f"nll_{model}_{given}" for model in ("teacher", "student") for given in ("conditional", "unconditional")]
     for line in npd("inspect", finished.run, "--rejected", "--json", "--limit", "3").splitlines():
-        assert json.loads(line)
+        sample = json.loads(line)
+        assert sample["stage"].startswith("round_"), "rounds come before the warm-up, which has no Δ-IFD"
+        assert all(isinstance(sample[name], float) for name in [*scores, "delta_ifd"])
 
 
 def test_exported_student_answers_as_the_trainers_model(finished: Inputs) -> None:

@@ -24,7 +24,7 @@ from megatron_npd.data.prompts import load_prompt_set, read_chats
 from megatron_npd.errors import UserError
 from megatron_npd.launch.prompts import VOCABULARY_FILES
 from megatron_npd.run_directory import RunDirectory
-from megatron_npd.schema import FinishReason, Verdict
+from megatron_npd.schema import TEACHER_VERSION, FinishReason, Verdict
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,8 @@ def inspect(
     if limit < 0:
         raise UserError(f"--limit {limit}: must not be negative (0: no limit)")
     wanted = _wanted_verdicts(rejected, kept, reason)
-    chosen = [stages[stage]] if stage else list(stages.values())
+    # Rounds first: the teacher's own warm-up responses have no Δ-IFD, and are not what people tune τ from.
+    chosen = [stages[stage]] if stage else sorted(stages.values(), key=lambda s: s.version == TEACHER_VERSION)
     samples = islice(_samples(run, config, chosen, wanted), limit or None)
     return map(_as_json, samples) if as_json else _as_text(samples, config)
 
