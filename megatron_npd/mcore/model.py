@@ -59,7 +59,7 @@ def build_gpt(
     sequence_parallel: bool = False,
     padded_for: int | None = None,
 ) -> GPTModel:
-    """This rank's part of a GPT model with uninitialised meaning: load weights before use.
+    """This rank's part of a GPT model, randomly initialised: load weights before use.
 
     `padded_for`: pad heads and vocabulary as for this tensor-parallel size instead of the layout's own, to load a
     Megatron checkpoint that was saved at it.

@@ -69,22 +69,14 @@ def train_step(
         The reports (last pipeline stage only, else empty) and the gradient norm before clipping.
 
     Raises:
-        FloatingPointError: the gradient is not finite; the weights are as before the step.
+        FloatingPointError: the gradient was not finite; the weights in memory must not be used any more.
     """
     model, optimizer = trainable.model, trainable.optimizer
     model.zero_grad_buffer()
     optimizer.zero_grad()
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    reports = get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=iter(micro_batches),
-        model=[model],
-        num_microbatches=len(micro_batches),
-        seq_length=sequence_length,
-        micro_batch_size=1,
-        forward_only=False,
-    )
+    reports = _run_schedule(model, forward_step, micro_batches, sequence_length, forward_only=False)
     succeeded, gradient_norm, _ = optimizer.step()
     if not succeeded or not torch.isfinite(torch.as_tensor(gradient_norm)):
         raise FloatingPointError(f"gradient norm is {gradient_norm}")
@@ -96,15 +88,7 @@ def pipeline_forward(
 ) -> list[dict[str, Any]]:
     """Forward only, through the same schedule; reports of the last pipeline stage."""
     with torch.no_grad():
-        return get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=iter(micro_batches),
-            model=[model],
-            num_microbatches=len(micro_batches),
-            seq_length=sequence_length,
-            micro_batch_size=1,
-            forward_only=True,
-        )
+        return _run_schedule(model, forward_step, micro_batches, sequence_length, forward_only=True)
 
 
 def unwrap(trainable: Trainable) -> GPTModel:
@@ -117,3 +101,22 @@ def sum_over_data_parallel(values: torch.Tensor) -> torch.Tensor:
     if parallel_state.get_data_parallel_world_size() > 1:
         torch.distributed.all_reduce(values, group=parallel_state.get_data_parallel_group())
     return values
+
+
+def _run_schedule(
+    model: torch.nn.Module,
+    forward_step: Callable[..., Any],
+    micro_batches: list[Any],
+    sequence_length: int,
+    forward_only: bool,
+) -> list[dict[str, Any]]:
+    """Megatron's schedule for this pipeline layout over packs of a fixed length, one sequence dimension each."""
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(micro_batches),
+        model=[model],
+        num_microbatches=len(micro_batches),
+        seq_length=sequence_length,
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )

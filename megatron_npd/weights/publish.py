@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from megatron_npd.buffer.versions import PARITY, ParityProbe, read_header, write_manifest
+from megatron_npd.buffer.versions import MANIFEST, PARITY, ParityProbe, read_header, write_manifest
 from megatron_npd.hf_config import ModelDims
 from megatron_npd.parallel import Parallel
 from megatron_npd.run_directory import RunDirectory, fsync_folder, write_json
@@ -105,8 +105,7 @@ def _finish(staging: Path, final: Path, version: int, template: Path, dtype: tor
     for file in sorted(template.iterdir()):
         if file.is_file() and not file.name.endswith(_WEIGHT_FILES) and not (staging / file.name).exists():
             shutil.copyfile(file, staging / file.name)
-    for marker in ("version.json",):
-        (staging / marker).unlink(missing_ok=True)
+    (staging / MANIFEST).unlink(missing_ok=True)  # the template may be a published version itself
     config = json.loads((staging / "config.json").read_text(encoding="utf-8"))
     config.pop("torch_dtype", None)
     write_json(staging / "config.json", {**config, "dtype": str(dtype).removeprefix("torch.")})
