@@ -150,7 +150,8 @@ class TrainingConfig(Section):
     tail: Literal["none", "bucket", "renormalize"] = "bucket"
     """What the KD does with the mass outside the teacher's top-k (docs of `kernels.ce_topk_kl`)."""
     attention_backend: Literal["auto", "te", "torch_varlen", "reference"] = "auto"
-    """Packed attention; anything but auto is forced, and refused where it cannot run."""
+    """Packed attention of the trainer; anything but auto is forced, and refused where it cannot run. Annotators choose
+    for themselves and say in their log what they chose."""
     threads: int = Field(1, ge=1)
     """CPU threads of each rank on a CPU."""
 

@@ -1,12 +1,9 @@
 """Proof, after every load, that the engine computes what the trainer computes: same tokens, same logprobs.
 
 16-bit logits are rounded relative to their size, and so two right engines differ the more the less likely the tokens
-are (measured: 0.02 nats a token on a trained model, 0.2 at the 12 nats a token of an untouched pruned one, where
-transformers in bfloat16 differs from itself in float32 by as much). Each difference is therefore taken relative to
-1 + the token's negative log-likelihood.
-
-A checksum proves which bytes were read; only the logprobs prove which weights are multiplied with. The figures also
-measure the mismatch between the two engines that is left when all is well (rounding).
+are. Measured on the quickstart in bfloat16: 0.05 to 0.07 nats a token for its trained versions, and 0.25 for the
+untouched pruned student, where transformers in bfloat16 differs from itself in float32 by 0.21. Each difference is
+therefore taken relative to 1 + the token's negative log-likelihood.
 """
 
 from __future__ import annotations

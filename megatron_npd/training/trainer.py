@@ -66,6 +66,7 @@ class Trainer:
         self.trainable = make_trainable(model, layout, self.parallel)
         self.step = 0
         self.finished: list[str] = []
+        self.newest_version = max(published_versions(self.run), default=0)
         self.drifted: set[str] = set()
         """Stages whose near-policy limit was passed, and that were warned of."""
         self._resume()
@@ -75,7 +76,6 @@ class Trainer:
             seconds=time.monotonic() - started,
             attention_backend=backend,
             parameters=sum(p.numel() for p in model.parameters()),
-            kernels="reference",
         )
 
     def train_stage(self, stage: Stage) -> None:
@@ -93,6 +93,7 @@ class Trainer:
 
     def publish(self, version: int) -> None:
         """Publish the current weights, unless that version is out already (a restart, or an early refresh)."""
+        self.newest_version = max(self.newest_version, version)
         if version in published_versions(self.run):
             barrier()
             return
@@ -156,7 +157,7 @@ class Trainer:
                 "perf/tokens_per_second": positions / seconds,
                 "buffer/packing_efficiency": used / positions,
                 "near_policy/kl": drift,
-                "near_policy/lag": self._newest_version() - stage.version if on_policy else None,
+                "near_policy/lag": self.newest_version - stage.version if on_policy else None,
             },
         )
         logger.info(
@@ -193,7 +194,7 @@ class Trainer:
         if self.parallel.rank == 0:
             wait_for_stage(self.run, self.config, stage)
         barrier()
-        return read_stage(self.run, self.config, stage, self._newest_version())
+        return read_stage(self.run, self.config, stage, self.newest_version)
 
     def _plan_steps(self, stage: Stage, samples: StageSamples) -> list[Step]:
         warmup = stage.name == WARMUP_STAGE
@@ -227,9 +228,6 @@ class Trainer:
             started = time.monotonic()
             save_checkpoint(self.run.checkpoints, self.step, self.trainable, state)
         self.log("checkpoint", seconds=time.monotonic() - started)
-
-    def _newest_version(self) -> int:
-        return max(published_versions(self.run), default=0)
 
     def _logging_rank(self) -> int:
         """Global rank of the logging rank in Megatron's rank order (tp fastest, then dp, then pp)."""
