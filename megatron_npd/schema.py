@@ -61,8 +61,8 @@ SAMPLE_COLUMNS: dict[str, tuple[str, str]] = {
     "verdict": ("uint8", "N"),  # Verdict
     "topk_offsets": ("int64", "N+1"),  # rows of the annotation; empty for samples not kept
     "topk_ids": ("int32", "A,K"),  # teacher's top-k ids at the position that predicts each response token
-    "topk_logprobs": ("float32", "A,K"),  # teacher log p of those ids, temperature 1, full-vocabulary softmax
-    "tail_mass": ("float32", "A"),  # 1 - sum of the top-k probabilities
+    "topk_logprobs": ("float32", "A,K"),  # teacher log p of those ids, full softmax at training.kd_temperature
+    "tail_mass": ("float32", "A"),  # 1 - sum of the top-k probabilities, at the same temperature
 }
 
 COLUMNS = {"rollouts": ROLLOUT_COLUMNS, "samples": SAMPLE_COLUMNS}

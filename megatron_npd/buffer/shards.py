@@ -1,14 +1,18 @@
-"""Shards: checksummed safetensors files of samples, written atomically, verified on every read.
+"""Shards: checksummed safetensors files of samples, written atomically.
 
 The file's metadata holds JSON under the key `npd` with the schema version, the kind, and a SHA-256 over that
 metadata and every column's name, dtype, shape and bytes. No pickle, no torch.
+
+`read_shard` reads and verifies a whole file. `ShardFile` reads single rows of a file that was verified before.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +27,12 @@ from megatron_npd.run_directory import fsync_folder, write_atomically
 from megatron_npd.schema import COLUMNS, SCHEMA_VERSION
 
 logger = logging.getLogger(__name__)
+
+DTYPES = {"F64": "float64", "F32": "float32", "I64": "int64", "I32": "int32", "U8": "uint8"}
+"""safetensors' names of the dtypes that `schema.COLUMNS` uses."""
+
+Placed = tuple[np.dtype, tuple[int, ...], int]
+"""dtype, shape, and offset in the file of a column."""
 
 
 class CorruptShardError(ValueError):
@@ -87,16 +97,95 @@ def read_shard(path: Path, kind: str) -> Shard:
         raise CorruptShardError(f"{path}: not a readable shard ({error})") from None
     if claimed != actual:
         raise CorruptShardError(f"{path}: checksum {actual[:12]} differs from the recorded {str(claimed)[:12]}")
-    schema_version, found_kind = header.pop("schema_version"), header.pop("kind")
-    if (schema_version, found_kind) != (SCHEMA_VERSION, kind):
-        raise CorruptShardError(
-            f"{path}: {found_kind} of schema {schema_version}, expected {kind} of schema {SCHEMA_VERSION}"
-        )
+    metadata = _metadata(path, kind, header)
     try:
         _check_columns(kind, columns)
     except ValueError as error:
         raise CorruptShardError(f"{path}: {error}") from None
-    return Shard(kind, columns, header)
+    return Shard(kind, columns, metadata)
+
+
+class ShardFile:
+    """A shard held open, of which single columns and rows are read: whatever is not asked for stays in the file.
+
+    Schema version, kind, columns and the file's length are checked. The checksum is not, for that takes the whole
+    file: open what `read_shard` has verified. Reads are positioned (pread, no memory map): a file that shrinks gives
+    an error, not a bus error, and forked processes may share the object.
+    """
+
+    def __init__(self, path: Path, kind: str):
+        """
+        Raises:
+            CorruptShardError: missing or unreadable, of another schema or kind, or the header does not fit the file.
+        """
+        self.path = path
+        try:
+            self._file = io.FileIO(path)
+        except OSError as error:
+            raise CorruptShardError(f"{path}: cannot be opened ({error.strerror})") from None
+        self._identity = _identity(os.fstat(self._file.fileno()))
+        try:
+            header, self._columns = self._read_header()
+            self.checksum: str = header.pop("sha256")
+            self.metadata = _metadata(path, kind, header)
+            _check_shapes(kind, {name: (dtype, shape) for name, (dtype, shape, _) in self._columns.items()})
+        except CorruptShardError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise CorruptShardError(f"{path}: not a readable shard ({error})") from None
+
+    def __getitem__(self, column: str) -> np.ndarray:
+        """A whole column."""
+        return self.rows(column, 0, self._columns[column][1][0])
+
+    def rows(self, column: str, start: int, stop: int) -> np.ndarray:
+        """Rows [start, stop) of a column, [stop - start, ...] of its dtype.
+
+        Raises:
+            CorruptShardError: they cannot be read, or the file ended before them.
+        """
+        dtype, (length, *rest), offset = self._columns[column]
+        assert 0 <= start <= stop <= length, f"{self.path}: rows {start}:{stop} of column {column} with {length}"
+        width = dtype.itemsize * math.prod(rest)
+        content = self._read(offset + start * width, (stop - start) * width)
+        return np.frombuffer(content, dtype).reshape(stop - start, *rest)
+
+    def is_current(self) -> bool:
+        """Whether the path still names this very file, untouched."""
+        try:
+            return _identity(os.stat(self.path)) == self._identity
+        except OSError:
+            return False
+
+    def close(self) -> None:
+        """Close the file; it closes itself when nothing refers to it any more."""
+        self._file.close()
+
+    def _read_header(self) -> tuple[dict[str, Any], dict[str, Placed]]:
+        """The `npd` metadata, and where the columns lie; together they fill the file."""
+        size = self._identity[1]
+        start = 8 + int.from_bytes(self._read(0, 8), "little")
+        if start > size:
+            raise ValueError(f"a header of {start - 8} bytes in a file of {size}")
+        tensors = json.loads(self._read(8, start - 8))
+        header = json.loads(tensors.pop("__metadata__")["npd"])
+        columns = {name: _placed(entry, start, size) for name, entry in tensors.items()}
+        end = start + sum(dtype.itemsize * math.prod(shape) for dtype, shape, _ in columns.values())
+        if end != size:
+            raise ValueError(f"{size} bytes, the header says {end}")
+        return header, columns
+
+    def _read(self, offset: int, size: int) -> bytearray:
+        content = bytearray()
+        while len(content) < size:
+            try:
+                part = os.pread(self._file.fileno(), size - len(content), offset + len(content))
+            except OSError as error:
+                raise CorruptShardError(f"{self.path}: cannot be read ({error.strerror})") from None
+            if not part:
+                raise CorruptShardError(f"{self.path}: ends before byte {offset + size}")
+            content += part
+        return content
 
 
 def read_or_quarantine(path: Path, kind: str) -> Shard | None:
@@ -128,23 +217,47 @@ def _digest(header: Mapping[str, Any], columns: Mapping[str, np.ndarray]) -> str
     return digest.hexdigest()
 
 
+def _identity(status: os.stat_result) -> tuple[int, int, int]:
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _metadata(path: Path, kind: str, header: dict[str, Any]) -> dict[str, Any]:
+    """The free metadata of a header (without its checksum), once schema version and kind are as expected."""
+    found = header.pop("kind", None), header.pop("schema_version", None)
+    if found != (kind, SCHEMA_VERSION):
+        raise CorruptShardError(f"{path}: {found[0]} of schema {found[1]}, expected {kind} of schema {SCHEMA_VERSION}")
+    return header
+
+
+def _placed(entry: dict[str, Any], start: int, size: int) -> Placed:
+    """Where a column lies, of its entry in a safetensors header. `start`: of all data; `size`: of the file."""
+    dtype, shape, (begin, end) = np.dtype(DTYPES[entry["dtype"]]), tuple(entry["shape"]), entry["data_offsets"]
+    if not 0 <= begin <= end <= size - start or end - begin != dtype.itemsize * math.prod(shape):
+        raise ValueError(f"{dtype}{shape} at {begin}:{end} of {size - start} bytes")
+    return dtype, shape, start + begin
+
+
 def _check_columns(kind: str, columns: Mapping[str, np.ndarray]) -> None:
-    """Names, dtypes and consistent dimensions, as `schema.COLUMNS` declares them."""
-    expected = COLUMNS[kind]
-    if set(columns) != set(expected):
-        raise ValueError(f"columns differ from the schema: {sorted(set(columns) ^ set(expected))}")
-    sizes: dict[str, int] = {"N+1": len(columns["prompt_index"]) + 1}
-    for name, (dtype, dimensions) in expected.items():
-        column, letters = columns[name], dimensions.split(",")
-        if column.dtype != np.dtype(dtype) or column.ndim != len(letters):
-            raise ValueError(f"column {name} is {column.dtype}{column.shape}, expected {dtype}[{dimensions}]")
-        for letter, size in zip(letters, column.shape, strict=True):
-            if sizes.setdefault(letter, size) != size:
-                raise ValueError(f"column {name} has {size} rows along {letter}, expected {sizes[letter]}")
+    """Names, dtypes, consistent dimensions and offsets, as `schema.COLUMNS` declares them."""
+    _check_shapes(kind, {name: (column.dtype, column.shape) for name, column in columns.items()})
     for values, offsets in (("prompt_ids", "prompt_offsets"), ("response_ids", "response_offsets")):
         _check_offsets(offsets, columns[offsets], len(columns[values]))
     if kind == "samples":
         _check_offsets("topk_offsets", columns["topk_offsets"], len(columns["topk_ids"]))
+
+
+def _check_shapes(kind: str, columns: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> None:
+    expected = COLUMNS[kind]
+    if set(columns) != set(expected):
+        raise ValueError(f"columns differ from the schema: {sorted(set(columns) ^ set(expected))}")
+    sizes: dict[str, int] = {"N+1": columns["prompt_index"][1][0] + 1}
+    for name, (dtype, dimensions) in expected.items():
+        (found, shape), letters = columns[name], dimensions.split(",")
+        if found != np.dtype(dtype) or len(shape) != len(letters):
+            raise ValueError(f"column {name} is {found}{shape}, expected {dtype}[{dimensions}]")
+        for letter, size in zip(letters, shape, strict=True):
+            if sizes.setdefault(letter, size) != size:
+                raise ValueError(f"column {name} has {size} rows along {letter}, expected {sizes[letter]}")
 
 
 def _check_offsets(name: str, offsets: np.ndarray, total: int) -> None:

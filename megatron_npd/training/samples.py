@@ -1,41 +1,107 @@
-"""From annotated shards to training samples: waits for a stage, verifies it, refuses what must not be trained on."""
+"""From annotated shards to training samples: waits for a stage, verifies it, refuses what must not be trained on.
+
+Rank 0 verifies whole files once (`wait_for_stage`). Every rank then reads the small columns of all shards, a few dozen
+bytes a sample (`open_stage`), and of tokens and top-k only what its own micro-batches need (`StageIndex.read`).
+"""
 
 from __future__ import annotations
 
-import logging
-from collections import Counter
+import contextlib
+from collections import Counter, OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
 
 import numpy as np
 
 from megatron_npd.buffer.plan import Stage
-from megatron_npd.buffer.shards import Shard, read_or_quarantine, read_shard
+from megatron_npd.buffer.shards import ShardFile, read_or_quarantine
 from megatron_npd.buffer.waiting import wait_for
 from megatron_npd.config import Config
-from megatron_npd.data.packing import TrainingSample
+from megatron_npd.data.batch import TrainingSample
 from megatron_npd.errors import UserError
 from megatron_npd.run_directory import RunDirectory
 from megatron_npd.schema import TEACHER_VERSION, Verdict
 
-logger = logging.getLogger(__name__)
+OFFSETS = ("prompt_offsets", "response_offsets", "topk_offsets")
+SMALL_COLUMNS = ("prompt_index", "sample_index", "policy_version", "verdict", *OFFSETS)
+
+OPEN_FILES = 64
+"""Shards a process holds open at most, of the 1,024 files it commonly may."""
 
 
 @dataclass(frozen=True)
-class StageSamples:
-    """The kept samples of a stage, in unit order. `identities` is int64 [n, 2] (prompt_index, sample_index)."""
+class _Unit:
+    """A unit's shard, and of its kept samples what is small."""
 
-    samples: list[TrainingSample]
-    identities: np.ndarray
-    verdicts: dict[str, int]
+    path: Path
+    checksum: str
+    identities: np.ndarray  # int64 [kept, 2]
+    bounds: np.ndarray  # int64 [kept, 3, 2]: first and last + 1 of prompt, response and top-k rows
+    verdicts: Counter[str]  # of all samples
 
-    @property
-    def lengths(self) -> np.ndarray:
-        """Positions each sample takes in a pack, int64 [n]."""
-        return np.array([sample.length for sample in self.samples], dtype=np.int64)
+
+class StageIndex:
+    """The kept samples of a stage, in unit order: who and how long they are; the rest is read on demand.
+
+    Attributes:
+        identities: int64 [n, 2] (prompt_index, sample_index).
+        lengths: int64 [n], positions of each sample without alignment.
+        verdicts: how many samples of the stage got which verdict, by its lower-case name.
+    """
+
+    def __init__(self, units: list[_Unit]):
+        self.identities = np.concatenate([unit.identities for unit in units])
+        self.verdicts: dict[str, int] = dict(sum((unit.verdicts for unit in units), Counter()))
+        self._bounds = np.concatenate([unit.bounds for unit in units])
+        self._unit = np.repeat(np.arange(len(units)), [len(unit.identities) for unit in units])
+        self._shards = [(unit.path, unit.checksum) for unit in units]
+        self._open: OrderedDict[int, ShardFile] = OrderedDict()  # by unit, least recently used first
+        sizes = self._bounds[:, :, 1] - self._bounds[:, :, 0]
+        self.lengths = sizes[:, 0] + sizes[:, 1] - 1
+
+    def __len__(self) -> int:
+        return len(self.identities)
 
     def positions(self, items: list[int]) -> int:
-        """Positions some of the samples take together."""
-        return sum(self.samples[item].length for item in items)
+        """Positions some of the samples take together, without alignment."""
+        return int(self.lengths[items].sum())
+
+    def read(self, items: list[int]) -> list[TrainingSample]:
+        """Samples by their place in the index, in the order asked for. Only their rows are read.
+
+        Raises:
+            ValueError: a shard vanished or changed since the stage was opened; the file is named.
+        """
+        samples: dict[int, TrainingSample] = {}
+        for unit, members in groupby(sorted(set(items)), key=lambda item: int(self._unit[item])):
+            shard = self._shard(unit)
+            samples |= {item: _training_sample(shard, self._bounds[item].tolist()) for item in members}
+        return [samples[item] for item in items]
+
+    def close(self) -> None:
+        """Close all files; a later `read` opens them again."""
+        for shard in self._open.values():
+            shard.close()
+        self._open.clear()
+
+    def _shard(self, unit: int) -> ShardFile:
+        """The open shard of a unit, certainly the one that was indexed."""
+        shard = self._open.pop(unit, None)
+        if shard is not None and not shard.is_current():
+            shard.close()
+            shard = None
+        path, checksum = self._shards[unit]
+        shard = shard or ShardFile(path, "samples")
+        if shard.checksum != checksum:
+            raise ValueError(
+                f"{path}: changed since the stage was opened: checksum {shard.checksum[:12]}, was {checksum[:12]}"
+            )
+        self._open[unit] = shard
+        if len(self._open) > OPEN_FILES:
+            self._open.popitem(last=False)[1].close()
+        return shard
 
 
 def wait_for_stage(run: RunDirectory, config: Config, stage: Stage) -> None:
@@ -52,55 +118,81 @@ def wait_for_stage(run: RunDirectory, config: Config, stage: Stage) -> None:
         wait_for(f"samples of {stage.name}, unit {unit + 1} of {stage.units}", look, config.launch.poll_seconds)
 
 
-def read_stage(run: RunDirectory, config: Config, stage: Stage, newest_version: int) -> StageSamples:
-    """Kept samples of a complete stage.
+def open_stage(run: RunDirectory, config: Config, stage: Stage, newest_version: int) -> StageIndex:
+    """Index of the kept samples of a complete, verified stage.
 
     Raises:
         UserError: no sample was kept; the reasons are named.
-        ValueError: a sample twice, of another stage's version, or staler than `rounds.max_policy_lag`.
+        ValueError: a shard is missing, does not hold the samples of its unit, is of another stage's version, staler
+            than `rounds.max_policy_lag`, or annotated for another `training.kd_temperature`; the file is named.
     """
-    samples: list[TrainingSample] = []
-    identities: list[tuple[int, int]] = []
-    verdicts: Counter[str] = Counter()
-    for unit in range(stage.units):
-        shard = read_shard(run.unit("samples", stage.name, unit), "samples")
-        _check_unit(shard, stage, unit, newest_version, config.rounds.max_policy_lag)
-        verdicts.update(Verdict(v).name.lower() for v in shard["verdict"])
-        for row in np.flatnonzero(shard["verdict"] == Verdict.KEPT):
-            samples.append(_training_sample(shard, int(row)))
-            identities.append((int(shard["prompt_index"][row]), int(shard["sample_index"][row])))
-    if not samples:
-        reasons = ", ".join(f"{count} {name}" for name, count in sorted(verdicts.items()))
+    units = [_open_unit(run, config, stage, unit, newest_version) for unit in range(stage.units)]
+    index = StageIndex(units)
+    if not len(index):
+        reasons = ", ".join(f"{count} {name}" for name, count in sorted(index.verdicts.items()))
         raise UserError(f"{run.root}: {stage.name}: no sample was kept ({reasons}); see npd inspect --rejected")
-    return StageSamples(samples, np.array(identities, dtype=np.int64), dict(verdicts))
+    return index
 
 
-def _training_sample(shard: Shard, row: int) -> TrainingSample:
-    return TrainingSample(
-        prompt_ids=shard.prompt(row),
-        response_ids=shard.response(row),
-        behaviour_logprobs=shard.ragged("behaviour_logprobs", row, "response_offsets"),
-        topk_ids=shard.ragged("topk_ids", row, "topk_offsets"),
-        topk_logprobs=shard.ragged("topk_logprobs", row, "topk_offsets"),
-        tail_mass=shard.ragged("tail_mass", row, "topk_offsets"),
+def _open_unit(run: RunDirectory, config: Config, stage: Stage, unit: int, newest_version: int) -> _Unit:
+    path = run.unit("samples", stage.name, unit)
+    with contextlib.closing(ShardFile(path, "samples")) as shard:
+        columns = {name: shard[name] for name in SMALL_COLUMNS}
+    _check_unit(path, columns, stage, unit, newest_version, config.rounds.max_policy_lag)
+    _check_temperature(path, shard.metadata.get("kd_temperature"), config.training.kd_temperature)
+    kept = np.flatnonzero(columns["verdict"] == Verdict.KEPT)
+    return _Unit(
+        path,
+        shard.checksum,
+        identities=np.stack([columns["prompt_index"][kept], columns["sample_index"][kept].astype(np.int64)], axis=1),
+        bounds=np.stack([np.stack([columns[name][kept], columns[name][kept + 1]], axis=1) for name in OFFSETS], axis=1),
+        verdicts=Counter(Verdict(verdict).name.lower() for verdict in columns["verdict"]),
     )
 
 
-def _check_unit(shard: Shard, stage: Stage, unit: int, newest_version: int, max_policy_lag: int) -> None:
+def _training_sample(shard: ShardFile, bounds: list[list[int]]) -> TrainingSample:
+    prompt, response, topk = bounds
+    return TrainingSample(
+        prompt_ids=shard.rows("prompt_ids", *prompt),
+        response_ids=shard.rows("response_ids", *response),
+        behaviour_logprobs=shard.rows("behaviour_logprobs", *response),
+        topk_ids=shard.rows("topk_ids", *topk),
+        topk_logprobs=shard.rows("topk_logprobs", *topk),
+        tail_mass=shard.rows("tail_mass", *topk),
+    )
+
+
+def _check_unit(
+    path: Path, columns: Mapping[str, np.ndarray], stage: Stage, unit: int, newest_version: int, max_policy_lag: int
+) -> None:
     """A shard must hold exactly its unit's identities, sampled by the stage's version, not too long ago."""
-    rows, name = stage.rows(unit), f"{stage.name} unit {unit}"
-    if not np.array_equal(shard["prompt_index"], stage.prompt_index[rows]) or not np.array_equal(
-        shard["sample_index"], stage.sample_index[rows]
+    rows = stage.rows(unit)
+    if not np.array_equal(columns["prompt_index"], stage.prompt_index[rows]) or not np.array_equal(
+        columns["sample_index"], stage.sample_index[rows]
     ):
-        raise ValueError(f"{name}: samples are not those of the plan")
-    if np.any(shard["policy_version"] != stage.version):
-        raise ValueError(f"{name}: policy versions {set(shard['policy_version'].tolist())}, expected {stage.version}")
+        raise ValueError(f"{path}: samples are not those of the plan")
+    versions = set(columns["policy_version"].tolist())
+    if versions - {stage.version}:
+        raise ValueError(f"{path}: policy versions {versions}, expected {stage.version}")
     if stage.version != TEACHER_VERSION and newest_version - stage.version > max_policy_lag:
         raise ValueError(
-            f"{name}: sampled by version {stage.version}, newest is {newest_version}: "
+            f"{path}: sampled by version {stage.version}, newest is {newest_version}: "
             f"more than rounds.max_policy_lag = {max_policy_lag} behind"
         )
-    kept = shard["verdict"] == Verdict.KEPT
-    lengths, annotated = np.diff(shard["response_offsets"]), np.diff(shard["topk_offsets"])
+    kept = columns["verdict"] == Verdict.KEPT
+    lengths, annotated = np.diff(columns["response_offsets"]), np.diff(columns["topk_offsets"])
     if not np.array_equal(annotated, np.where(kept, lengths, 0)):
-        raise ValueError(f"{name}: annotation rows do not match the kept responses")
+        raise ValueError(f"{path}: annotation rows do not match the kept responses")
+
+
+def _check_temperature(path: Path, recorded: object, wanted: float) -> None:
+    """The teacher's logprobs are of one temperature; the loss would take them for those of another."""
+    try:
+        matches = float(str(recorded)) == wanted
+    except ValueError:
+        matches = False
+    if not matches:
+        raise ValueError(
+            f"{path}: kd_temperature = {recorded!r}: must equal training.kd_temperature = {wanted}, "
+            "at which the annotator scores the teacher; annotate the stage again"
+        )

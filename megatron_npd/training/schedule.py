@@ -1,15 +1,18 @@
-"""When what happens: the learning rate, and how an epoch's samples become optimizer steps. Pure functions."""
+"""When what happens: the learning rate, an epoch's optimizer steps, a step's micro-batches. Pure functions."""
 
 from __future__ import annotations
 
+import heapq
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from megatron_npd.buffer.plan import generator, training_order
-from megatron_npd.data.packing import pack
+from megatron_npd.data.batch import aligned
+from megatron_npd.data.cost import CostModel
+from megatron_npd.data.packing import pack_balanced
 
 
 @dataclass(frozen=True)
@@ -42,26 +45,66 @@ def plan_steps(
     epochs: int,
     capacity: int,
     global_batch_size: int,
+    alignment: int = 1,
+    cost: CostModel,
 ) -> list[Step]:
-    """Every optimizer step of a stage: a pure function of seed, stage and the kept samples.
+    """Every optimizer step of a stage: a pure function of seed, stage, the kept samples and the keyword arguments.
 
-    An epoch's samples are shuffled, packed, and the packs shuffled again, because packing sorts by length. They are
-    dealt out evenly over as few steps of at most `global_batch_size` packs as they need.
+    An epoch's samples are shuffled, packed, and the packs shuffled again, because packing sorts by cost. They are
+    dealt out evenly over as few steps of at most `global_batch_size` packs as they need. Samples of equal length are
+    told apart by their place in the shuffled order of identities, so the order they arrived in does not show.
 
     Args:
-        identities: int64 [n, 2] (prompt_index, sample_index). lengths: positions each sample takes, [n].
+        identities: int64 [n, 2] (prompt_index, sample_index).
+        lengths: int64 [n], positions of each sample without alignment.
+        alignment: a sample takes the next multiple of this many positions; `capacity` is one, too.
+        cost: what a sequence costs, by its aligned length.
     """
+    assert capacity % alignment == 0, f"capacity {capacity} is no multiple of {alignment}"
+    taken = aligned(lengths, alignment)
     steps: list[tuple[int, list[list[int]]]] = []
     for epoch in range(epochs):
         order = training_order(run_seed, stage, epoch, identities)
-        packs = [[int(order[item]) for item in items] for items in pack(lengths[order], capacity)]
+        packed = pack_balanced(taken[order], capacity, cost.of(taken[order]))
+        packs = [[int(order[item]) for item in items] for items in packed]
         shuffled = generator(run_seed, "packs", stage, epoch).permutation(len(packs))
         for group in np.array_split(shuffled, -(-len(packs) // global_batch_size)):
             steps.append((epoch, [packs[number] for number in group]))
     return [Step(packs, epoch, (done + 1) / len(steps)) for done, (epoch, packs) in enumerate(steps)]
 
 
-def share_of_rank(packs: list[list[int]], rank: int, size: int) -> Iterator[list[int]]:
-    """The packs one data-parallel rank computes; every rank gets the same number, filled up with empty packs."""
-    for start in range(0, len(packs), size):
-        yield packs[start + rank] if start + rank < len(packs) else []
+def deal(packs: list[list[int]], costs: Sequence[float], ranks: int, multiple_of: int = 1) -> list[list[list[int]]]:
+    """Micro-batches of every data-parallel rank: near-equal summed cost, the same number for all.
+
+    Dearest pack first, each goes to the rank with the least cost that may still take one. Ranks are filled up with
+    empty packs to the least number that holds all packs and is a multiple of `multiple_of`.
+
+    A rank's micro-batches stay in the order of falling cost. So pipeline stages, which wait for the slowest micro-batch
+    in flight, have ones of similar cost in flight, and the cheapest while the pipeline drains; and memory peaks in the
+    first micro-batch, not somewhere in the middle of the step.
+
+    Args:
+        packs: of one optimizer step.
+        costs: of each pack, not negative; an empty pack counts as 0. All micro-batches have the same number of
+            positions, so the part of the costs that ranks really differ in is that of attention.
+        multiple_of: interleaved pipelining needs multiples of the pipeline's size.
+
+    Returns:
+        `ranks` lists of packs; every pack is in exactly one. Deterministic, ties by index.
+    """
+    assert len(packs) == len(costs), f"{len(packs)} packs, {len(costs)} costs"
+    each = -(-len(packs) // (ranks * multiple_of)) * multiple_of
+    shares: list[list[list[int]]] = [[] for _ in range(ranks)]
+    cheapest = [(0.0, 0, rank) for rank in range(ranks)]  # heap of (cost, packs, rank) of ranks that may take more
+    for number in sorted(range(len(packs)), key=lambda number: -costs[number]):
+        spent, count, rank = heapq.heappop(cheapest)
+        shares[rank].append(packs[number])
+        if count + 1 < each:
+            heapq.heappush(cheapest, (spent + costs[number], count + 1, rank))
+    return [share + [[] for _ in range(each - len(share))] for share in shares]
+
+
+def imbalance(costs_per_rank: Sequence[float]) -> float:
+    """Largest over mean cost: 1.0 is perfect; at 1.2 a step takes a fifth longer than if all costs were equal."""
+    mean = sum(costs_per_rank) / len(costs_per_rank)
+    return max(costs_per_rank) / mean if mean else 1.0
