@@ -9,8 +9,37 @@ from typing import Any
 
 from megatron_npd.errors import UserError
 
-FAMILIES = {"LlamaForCausalLM": "llama"}
-"""Architecture named by a checkpoint -> family with a name map in `weights/`."""
+
+@dataclass(frozen=True)
+class Family:
+    """What an architecture fixes, and what it takes where config.json says nothing (transformers' own defaults)."""
+
+    name: str
+    """Key of the family's name map in `weights.name_map`."""
+    qkv_bias: bool = False
+    """See `ModelDims`."""
+    qk_norm: bool = False
+    """See `ModelDims`."""
+    num_kv_heads: int | None = None
+    """num_key_value_heads where the key is absent; None: as many as query heads (as where it is null)."""
+    head_dim: int | None = None
+    """head_dim where config.json has none; None: hidden size / query heads."""
+    must_be_false: tuple[str, ...] = ()
+    """Switches of config.json that would change the arithmetic, and are not supported."""
+
+
+FAMILIES = {
+    "LlamaForCausalLM": Family("llama", must_be_false=("attention_bias", "mlp_bias")),
+    "Qwen2ForCausalLM": Family("qwen2", qkv_bias=True, num_kv_heads=32, must_be_false=("use_sliding_window",)),
+    "Qwen3ForCausalLM": Family(
+        "qwen3",
+        qk_norm=True,
+        num_kv_heads=32,
+        head_dim=128,
+        must_be_false=("attention_bias", "use_sliding_window"),
+    ),
+}
+"""Architecture named by a checkpoint's config.json -> its family. Qwen2 covers Qwen2.5."""
 
 
 @dataclass(frozen=True)
@@ -29,55 +58,59 @@ class ModelDims:
     rope_theta: float
     max_positions: int
     tied_embeddings: bool
+    qkv_bias: bool = False
+    """The q, k and v projections have biases; the output projection and the MLP have none."""
+    qk_norm: bool = False
+    """RMSNorm with `rms_norm_eps` over the head_dim of each query and key head, before rotary embedding. Its two
+    weights [head_dim] are shared by all heads of a layer."""
 
     def padded_kv_heads(self, tensor_model_parallel_size: int) -> int:
         """Key-value heads (each with its query heads) when split over ranks: the next multiple of their number.
 
-        The added heads have zero weights: their values and output columns are zero, so they add nothing to any
-        activation, receive zero gradients, and stay zero. Checkpoints never contain them. This lets SmolLM2 (9
+        The added heads have zero weights and biases: their values and output columns are zero, so they add nothing to
+        any activation, receive zero gradients, and stay zero. Checkpoints never contain them. This lets SmolLM2 (9
         heads, 3 key-value heads) train at TP 2.
         """
         return -(-self.num_kv_heads // tensor_model_parallel_size) * tensor_model_parallel_size
 
 
 def read_model_dims(folder: str | Path) -> ModelDims:
-    """Dimensions of the checkpoint in `folder`.
+    """Dimensions of the checkpoint in `folder`. Sizes must be in config.json; other keys have transformers' defaults.
 
     Raises:
         UserError: no readable config.json, a family without a name map, or a feature no role supports.
     """
     raw = _read_json(Path(folder) / "config.json")
-    architecture = (raw.get("architectures") or ["none"])[0]
     where = f"{folder}/config.json"
-    if architecture not in FAMILIES:
-        raise UserError(f"{where}: architecture {architecture} is not supported; must be one of {', '.join(FAMILIES)}")
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type != "default":
-        raise UserError(f"{where}: rope_type {rope_type!r} is not supported yet; must be 'default'")
-    for key in ("attention_bias", "mlp_bias"):
-        if raw.get(key):
-            raise UserError(f"{where}: {key} = true is not supported yet for {architecture}")
-    if raw.get("hidden_act", "silu") != "silu":
-        raise UserError(f"{where}: hidden_act = {raw['hidden_act']!r} is not supported; must be 'silu'")
+    family = _family(raw, where)
+    raw = {key: value for key, value in raw.items() if value is not None or key == "num_key_value_heads"}
+    _check_supported(raw, family, where)
     try:
         heads = raw["num_attention_heads"]
-        return ModelDims(
-            family=FAMILIES[architecture],
+        dims = ModelDims(
+            family=family.name,
             vocab_size=raw["vocab_size"],
             hidden_size=raw["hidden_size"],
             intermediate_size=raw["intermediate_size"],
             num_layers=raw["num_hidden_layers"],
             num_heads=heads,
-            num_kv_heads=raw.get("num_key_value_heads") or heads,
-            head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+            num_kv_heads=raw.get("num_key_value_heads", family.num_kv_heads) or heads,
+            head_dim=raw.get("head_dim") or family.head_dim or raw["hidden_size"] // heads,
             rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-            rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0),
+            rope_theta=float(_rope(raw).get("rope_theta") or raw.get("rope_theta") or 10000.0),
             max_positions=raw["max_position_embeddings"],
             tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            qkv_bias=family.qkv_bias,
+            qk_norm=family.qk_norm,
         )
     except KeyError as error:
         raise UserError(f"{where}: key {error.args[0]} is missing") from None
+    if dims.num_heads % dims.num_kv_heads:
+        raise UserError(
+            f"{where}: num_attention_heads = {dims.num_heads}: must be a multiple of num_key_value_heads = "
+            f"{dims.num_kv_heads}"
+        )
+    return dims
 
 
 def eos_token_ids(folder: str | Path) -> list[int]:
@@ -91,6 +124,43 @@ def eos_token_ids(folder: str | Path) -> list[int]:
         if path.is_file() and (value := _read_json(path).get("eos_token_id")) is not None:
             return [int(token) for token in (value if isinstance(value, list) else [value])]
     raise UserError(f"{folder}: no eos_token_id in generation_config.json or config.json; responses could not end")
+
+
+def _family(raw: dict[str, Any], where: str) -> Family:
+    architecture = (raw.get("architectures") or ["none"])[0]
+    if architecture not in FAMILIES:
+        raise UserError(f"{where}: architecture {architecture} is not supported; must be one of {', '.join(FAMILIES)}")
+    return FAMILIES[architecture]
+
+
+def _rope(raw: dict[str, Any]) -> dict[str, Any]:
+    """Rotary parameters under their new or their old name; the old one wins in transformers."""
+    return raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+
+
+def _check_supported(raw: dict[str, Any], family: Family, where: str) -> None:
+    """Refuse whatever would make the model compute something other than `ModelDims` says."""
+    rope = _rope(raw)
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise UserError(f"{where}: rope_parameters by layer type are not supported; must be the same for every layer")
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type != "default":
+        raise UserError(f"{where}: rope_type {rope_type!r} is not supported yet; must be 'default'")
+    rotated = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
+    if rotated != 1.0:
+        raise UserError(f"{where}: partial_rotary_factor = {rotated} is not supported; must be 1.0")
+    for key in family.must_be_false:
+        if raw.get(key):
+            raise UserError(f"{where}: {key} = true is not supported yet for {family.name}; must be false")
+    windowed = sorted(set(raw.get("layer_types", [])) - {"full_attention"})
+    if windowed:
+        raise UserError(f"{where}: layer_types has {windowed[0]!r}; every layer must be 'full_attention'")
+    if raw.get("hidden_act", "silu") != "silu":
+        raise UserError(f"{where}: hidden_act = {raw['hidden_act']!r} is not supported; must be 'silu'")
+    if raw.get("quantization_config"):
+        raise UserError(f"{where}: quantization_config: quantised weights are not supported; must be plain floats")
+    if raw.get("dual_chunk_attention_config"):  # Qwen2.5-1M: vLLM follows it, transformers ignores it
+        raise UserError(f"{where}: dual_chunk_attention_config is not supported; must be absent")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

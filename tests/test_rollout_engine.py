@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import EOS, hf_logprobs, make_llama, probe_sequences, publish
+from tiny_models import EOS, hf_logprobs, make_llama, make_model, probe_sequences, publish
 
 from megatron_npd.buffer.shards import read_shard
 from megatron_npd.buffer.versions import BadVersionError, ParityProbe, read_parity_probe, write_manifest
@@ -41,9 +41,9 @@ def start(folder: Path, version: int) -> RolloutEngine:
     return RolloutEngine(folder, version, ROLLOUT, "float32", LONGEST)
 
 
-def published(folder: Path, version: int, **options) -> Path:
+def published(folder: Path, version: int, family: str = "llama", **options) -> Path:
     """A new random version in `folder`/vN."""
-    return publish(make_llama(folder / f"v{version:06d}", next(_seeds), **options), version)
+    return publish(make_model(family, folder / f"v{version:06d}", next(_seeds), **options), version)
 
 
 def requests(count: int = 8, length: int = 12, **options) -> list[Request]:
@@ -177,6 +177,17 @@ def test_refresh_equals_a_fresh_engine(tmp_path, tied, dtype):
     assert engine.generate(requests()) == fresh.generate(requests())
     if dtype is torch.float32:
         assert largest_difference(engine.logprobs(probe_sequences()), read_parity_probe(new).logprobs) < TOLERANCE
+
+
+@pytest.mark.parametrize(("family", "tied"), [("qwen2", False), ("qwen3", True)])
+def test_refresh_carries_biases_and_head_norms(tmp_path, family, tied):
+    old, new = (published(tmp_path, version, family, tied=tied) for version in (0, 1))
+    engine, fresh = start(old, 0), start(new, 1)
+    assert largest_difference(engine.logprobs(probe_sequences()), read_parity_probe(old).logprobs) < TOLERANCE
+    engine.refresh(new, 1)
+    assert engine.logprobs(probe_sequences()) == fresh.logprobs(probe_sequences())
+    assert largest_difference(engine.logprobs(probe_sequences()), read_parity_probe(new).logprobs) < TOLERANCE
+    assert engine.generate(requests()) == fresh.generate(requests())
 
 
 def rewrite(folder: Path, change) -> None:

@@ -1,20 +1,37 @@
-"""Tiny random Llama checkpoints for tests: real files, clearly different distributions, made in well under a second."""
+"""Tiny random checkpoints of every family for tests: real files, clearly different distributions, made in no time."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from megatron_npd.buffer.versions import PARITY, write_manifest
 from megatron_npd.run_directory import write_json
 
 EOS = 2
 VOCAB_SIZE = 128
+FAMILIES = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
 
 
-def make_llama(
+def make_model(
+    family: str,
     folder: Path,
     seed: int,
     *,
@@ -24,10 +41,11 @@ def make_llama(
     initializer_range: float = 0.15,
     **overrides: int | float,
 ) -> Path:
-    """Write a Hugging Face Llama checkpoint of about 60 thousand parameters and return its folder.
+    """Write a Hugging Face checkpoint of about 60 thousand parameters and return its folder.
 
-    Two layers, hidden 64, two heads of 32 (vLLM's CPU attention crashes below), end token `EOS`. `split` spreads
-    the weights over several files, as pipeline stages do; `overrides` are further `LlamaConfig` fields.
+    Two layers, hidden 64, two heads of 32 (vLLM's CPU attention crashes below), end token `EOS`. Biases are not zero
+    and norm weights not one, so that a forgotten tensor shows. `split` spreads the weights over several files, as
+    pipeline stages do; `overrides` are further fields of the family's transformers configuration.
     """
     fields = {
         "vocab_size": VOCAB_SIZE,
@@ -40,19 +58,27 @@ def make_llama(
         "max_position_embeddings": 256,
         "initializer_range": initializer_range,
     } | overrides
-    config = LlamaConfig(**fields, tie_word_embeddings=tied, bos_token_id=1, eos_token_id=EOS, dtype=dtype)
+    config_class, model_class = FAMILIES[family]
+    config = config_class(**fields, tie_word_embeddings=tied, bos_token_id=1, eos_token_id=EOS, dtype=dtype)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(config).to(dtype)
+        model = model_class(config)
+        _randomise_vectors(model, 2 * initializer_range)
+    model = model.to(dtype)
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=EOS)
     total = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     model.save_pretrained(folder, max_shard_size=total // 2 if split else total + 1)
     return folder
 
 
+def make_llama(folder: Path, seed: int, **options: Any) -> Path:
+    """`make_model` for tests that hold for any family."""
+    return make_model("llama", folder, seed, **options)
+
+
 def hf_logprobs(folder: Path, sequences: list[list[int]]) -> list[list[float]]:
     """Hugging Face's log p(token t | tokens before t) for t >= 1, nats, in the checkpoint's dtype."""
-    model = LlamaForCausalLM.from_pretrained(folder).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
     return [_logprobs(model, sequence) for sequence in sequences]
 
 
@@ -71,7 +97,15 @@ def probe_sequences(seed: int = 0, count: int = 3, length: int = 12) -> list[lis
 
 
 @torch.no_grad()
-def _logprobs(model: LlamaForCausalLM, sequence: list[int]) -> list[float]:
+def _logprobs(model: PreTrainedModel, sequence: list[int]) -> list[float]:
     logits_TV = model(torch.tensor([sequence])).logits[0, :-1].float()
     targets_T1 = torch.tensor(sequence[1:])[:, None]
     return logits_TV.log_softmax(-1).gather(1, targets_T1)[:, 0].tolist()
+
+
+@torch.no_grad()
+def _randomise_vectors(model: PreTrainedModel, spread: float) -> None:
+    """Move biases (0 in transformers) and norm weights (1) by normal noise of standard deviation `spread`."""
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter += spread * torch.randn_like(parameter)

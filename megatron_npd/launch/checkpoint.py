@@ -35,7 +35,7 @@ def check_checkpoint(key: str, folder: Path) -> Checkpoint:
 
     Raises:
         UserError: no such folder, an unsupported model, a weight file that is missing or cut short, a tensor that is
-            missing, an embedding that does not fit config.json, or no usable end token.
+            missing or unknown, an embedding that does not fit config.json, or no usable end token.
     """
     if not folder.is_dir():
         raise UserError(f"{key} = {folder}: no such folder; must be a Hugging Face checkpoint")
@@ -82,7 +82,8 @@ def _read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _check_tensors(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> None:
-    from megatron_npd.weights.name_map import all_hugging_face_names  # it imports torch: not before it is needed
+    # They import torch: not before it is needed.
+    from megatron_npd.weights.name_map import all_hugging_face_names, unknown_hugging_face_names
 
     dims = checkpoint.dims
     missing = [name for name in all_hugging_face_names(dims) if name not in shapes]
@@ -90,6 +91,12 @@ def _check_tensors(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]) -
         raise UserError(
             f"{checkpoint}: tensor {missing[0]} is missing ({len(missing)} in all); the weight files must hold every "
             "tensor that config.json implies"
+        )
+    unknown = unknown_hugging_face_names(shapes, dims)
+    if unknown:
+        raise UserError(
+            f"{checkpoint}: tensor {unknown[0]} is not known to the {dims.family} family ({len(unknown)} in all); the "
+            "weight files must hold no tensor that the family does not have"
         )
     expected = (dims.vocab_size, dims.hidden_size)
     if shapes[EMBEDDING] != expected:

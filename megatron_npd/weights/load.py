@@ -13,7 +13,12 @@ from safetensors import SafetensorError, safe_open
 from megatron_npd.errors import UserError
 from megatron_npd.hf_config import ModelDims
 from megatron_npd.parallel import Parallel
-from megatron_npd.weights.name_map import all_hugging_face_names, hugging_face_names, rules_for
+from megatron_npd.weights.name_map import (
+    all_hugging_face_names,
+    hugging_face_names,
+    rules_for,
+    unknown_hugging_face_names,
+)
 
 
 def load_hugging_face(
@@ -79,11 +84,8 @@ def _open_checkpoint(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def _check_names(folder: Path, found: set[str], dims: ModelDims) -> None:
-    expected = set(all_hugging_face_names(dims))
-    if dims.tied_embeddings:
-        found = found - {"lm_head.weight"}  # some writers store the tied head twice
-    found = {name for name in found if not name.endswith("rotary_emb.inv_freq")}  # derived, in old checkpoints
-    for what, names in (("missing", expected - found), ("not known to this family", found - expected)):
+    missing = sorted(set(all_hugging_face_names(dims)) - found)
+    for what, names in (("missing", missing), ("not known to this family", unknown_hugging_face_names(found, dims))):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise UserError(f"{folder}: tensor {min(names)}{more} {what}")
+            raise UserError(f"{folder}: tensor {names[0]}{more} {what}")

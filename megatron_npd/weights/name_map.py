@@ -1,4 +1,4 @@
-"""Where each Megatron parameter lies in a Hugging Face checkpoint. One declarative map per family.
+"""Where each Megatron parameter lies in a Hugging Face checkpoint. One declarative map per family, of shared pieces.
 
 A `Rule` ties one Megatron parameter to the Hugging Face tensors it is made of; its `Layout` says how those are
 merged and split over the tensor-parallel ranks. Conversion, loading and publishing all read the same rules, so they
@@ -8,7 +8,7 @@ cannot disagree.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -75,7 +75,10 @@ class GatedLinear:
 
 
 class FusedQKV:
-    """q, k, v interleaved by key-value group: [G, (H / G + 2) * D, ...], padded with zero groups and cut along G."""
+    """q, k, v interleaved by key-value group: [G, (H / G + 2) * D, ...], padded with zero groups and cut along G.
+
+    For weights [rows, hidden] and biases [rows] alike.
+    """
 
     def shard(self, tensors: list[torch.Tensor], dims: ModelDims, rank: int, size: int) -> torch.Tensor:
         groups = torch.cat([tensor.unflatten(0, (dims.num_kv_heads, -1)) for tensor in tensors], dim=1)
@@ -100,8 +103,9 @@ class AttentionOutput:
 
 
 def _pad_groups(groups: torch.Tensor, dims: ModelDims, size: int) -> torch.Tensor:
-    """[G, rows, columns] with zero groups added until the ranks can share them (`ModelDims.padded_kv_heads`)."""
-    return torch.nn.functional.pad(groups, (0, 0, 0, 0, 0, dims.padded_kv_heads(size) - dims.num_kv_heads))
+    """[G, ...] with zero groups added until the ranks can share them (`ModelDims.padded_kv_heads`)."""
+    added = dims.padded_kv_heads(size) - dims.num_kv_heads
+    return torch.nn.functional.pad(groups, (0, 0) * (groups.ndim - 1) + (0, added))
 
 
 @dataclass(frozen=True)
@@ -115,35 +119,38 @@ class Rule:
 
 _ATTENTION, _MLP = "decoder.layers.{layer}.self_attention.", "decoder.layers.{layer}.mlp."
 _HF_LAYER = "model.layers.{layer}."
+_HF_ATTENTION, _HF_MLP = _HF_LAYER + "self_attn.", _HF_LAYER + "mlp."
 
-LLAMA = (
+DENSE = (
     Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), Vocabulary()),
     Rule("decoder.layers.{layer}.input_layernorm.weight", (_HF_LAYER + "input_layernorm.weight",), Replicated()),
-    Rule(
-        _ATTENTION + "linear_qkv.weight",
-        tuple(_HF_LAYER + f"self_attn.{part}_proj.weight" for part in "qkv"),
-        FusedQKV(),
-    ),
-    Rule(_ATTENTION + "linear_proj.weight", (_HF_LAYER + "self_attn.o_proj.weight",), AttentionOutput()),
+    Rule(_ATTENTION + "linear_qkv.weight", tuple(_HF_ATTENTION + f"{part}_proj.weight" for part in "qkv"), FusedQKV()),
+    Rule(_ATTENTION + "linear_proj.weight", (_HF_ATTENTION + "o_proj.weight",), AttentionOutput()),
     Rule(
         "decoder.layers.{layer}.pre_mlp_layernorm.weight",
         (_HF_LAYER + "post_attention_layernorm.weight",),
         Replicated(),
     ),
-    Rule(
-        _MLP + "linear_fc1.weight",
-        (_HF_LAYER + "mlp.gate_proj.weight", _HF_LAYER + "mlp.up_proj.weight"),
-        GatedLinear(),
-    ),
-    Rule(_MLP + "linear_fc2.weight", (_HF_LAYER + "mlp.down_proj.weight",), Split(1)),
+    Rule(_MLP + "linear_fc1.weight", (_HF_MLP + "gate_proj.weight", _HF_MLP + "up_proj.weight"), GatedLinear()),
+    Rule(_MLP + "linear_fc2.weight", (_HF_MLP + "down_proj.weight",), Split(1)),
     Rule("decoder.final_layernorm.weight", ("model.norm.weight",), Replicated()),
+)
+"""What every Llama-shaped model has: RMSNorm before attention and MLP, no bias."""
+
+QKV_BIAS = (
+    Rule(_ATTENTION + "linear_qkv.bias", tuple(_HF_ATTENTION + f"{part}_proj.bias" for part in "qkv"), FusedQKV()),
+)
+QK_NORM = tuple(
+    Rule(_ATTENTION + f"{part}_layernorm.weight", (_HF_ATTENTION + f"{part}_norm.weight",), Replicated())
+    for part in "qk"
 )
 
 UNTIED_HEAD = Rule("output_layer.weight", ("lm_head.weight",), Vocabulary())
 TIED_HEAD = Rule("output_layer.weight", ("model.embed_tokens.weight",), Vocabulary())
 """With tied embeddings the last pipeline stage keeps its own copy, loaded from and never written beside the first's."""
 
-FAMILY_RULES = {"llama": LLAMA}
+FAMILY_RULES = {"llama": DENSE, "qwen2": DENSE + QKV_BIAS, "qwen3": DENSE + QK_NORM}
+"""`hf_config.Family.name` -> all its rules but the output head's."""
 
 
 def rules_for(dims: ModelDims) -> dict[str, tuple[Rule, int]]:
@@ -169,6 +176,16 @@ def all_hugging_face_names(dims: ModelDims) -> Iterator[str]:
             if name not in seen:
                 seen.add(name)
                 yield name
+
+
+def unknown_hugging_face_names(found: Iterable[str], dims: ModelDims) -> list[str]:
+    """Tensors of a checkpoint that no rule reads and that say something of their own, sorted.
+
+    Left out are a stored copy of the tied head, which some writers add, and the rotary frequencies of old checkpoints.
+    """
+    ignored = {"lm_head.weight"} if dims.tied_embeddings else set()
+    unknown = set(found) - set(all_hugging_face_names(dims)) - ignored
+    return sorted(name for name in unknown if not name.endswith("rotary_emb.inv_freq"))
 
 
 def is_tied_copy(name: str, dims: ModelDims) -> bool:

@@ -54,7 +54,7 @@ def publish_version(
         shutil.rmtree(staging, ignore_errors=True)  # left by a writer that was killed
         staging.mkdir(parents=True)
     barrier()
-    if parallel.dp_rank == 0:
+    if parallel.is_first_replica:
         tensors = dict(gather_hugging_face(parameters, dims, parallel))
         if parallel.tp_rank == 0:
             name = f"model-{parallel.pp_rank + 1:05d}-of-{parallel.pp_size:05d}.safetensors"
