@@ -119,12 +119,19 @@ class TrainingConfig(Section):
     """Ranks each layer is split over."""
     pipeline_model_parallel_size: int = Field(1, ge=1)
     """Pipeline stages."""
+    virtual_pipeline_model_parallel_size: int = Field(1, ge=1)
+    """Model chunks of each pipeline stage; more than 1: interleaved pipeline (a smaller bubble, more communication)."""
+    context_parallel_size: int = Field(1, ge=1)
+    """Ranks every sequence is split over, load-balanced (zig-zag). Part of the plan: it pads each sample to a multiple
+    of twice its size."""
     data_parallel_size: int = Field(1, ge=1)
     """Replicas of the student."""
     sequence_parallel: bool = False
     """Split norms and residuals along the sequence over the tensor-parallel ranks."""
     distributed_optimizer: bool = False
-    """Split optimizer state over the data-parallel ranks. A run with it cannot be resumed yet (mcore/checkpoint.py)."""
+    """Split optimizer state over the data- and context-parallel ranks."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations computed again in the backward instead of kept: those of core attention, or of whole layers."""
     sequence_length: int = Field(32768, ge=16)
     """Tokens of one packed sequence (a micro-batch)."""
     global_batch_size: int = Field(8, ge=1)
@@ -147,18 +154,61 @@ class TrainingConfig(Section):
     """Largest global gradient norm."""
     kd_lambda: float = Field(0.9, ge=0.0, le=1.0)
     """λ of L = (1-λ)·CE + λ·KD."""
+    kd_temperature: float = Field(1.0, gt=0.0, allow_inf_nan=False)
+    """Distillation temperature of teacher and student in the KD, which is multiplied by its square (arXiv 1503.02531).
+    CE, Δ-IFD and drift are at temperature 1 whatever this is."""
     tail: Literal["none", "bucket", "renormalize"] = "bucket"
     """What the KD does with the mass outside the teacher's top-k (docs of `kernels.ce_topk_kl`)."""
+    logits_chunk_tokens: int = Field(4096, ge=1)
+    """Rows projected to the vocabulary at a time: the logits of a whole pack never exist."""
     attention_backend: Literal["auto", "te", "torch_varlen", "reference"] = "auto"
     """Packed attention of the trainer; anything but auto is forced, and refused where it cannot run. Annotators choose
     for themselves and say in their log what they chose."""
+    transformer_engine: Literal["auto", "on", "off"] = "auto"
+    """Transformer Engine's layers (fused norms and linear layers). on: refused where it cannot run."""
+    fused_optimizer: Literal["auto", "on", "off"] = "auto"
+    """Adam of Transformer Engine or NVIDIA apex instead of torch's. on: refused where neither can run."""
+    gradient_accumulation_fusion: Literal["auto", "on", "off"] = "auto"
+    """Weight gradients added to the float32 buffer inside the matrix product (NVIDIA apex). on: refused without it."""
+    checkpoint_interval: int = Field(100, ge=0)
+    """Optimizer steps between checkpoints inside a stage; 0: only at the end of a stage."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """Newest checkpoints kept; older ones are deleted."""
+    asynchronous_checkpoints: bool = True
+    """Write checkpoints in the background while training goes on."""
     threads: int = Field(1, ge=1)
     """CPU threads of each rank on a CPU."""
 
     @property
     def world_size(self) -> int:
         """Number of trainer processes."""
-        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.data_parallel_size
+        return (
+            self.tensor_model_parallel_size
+            * self.pipeline_model_parallel_size
+            * self.context_parallel_size
+            * self.data_parallel_size
+        )
+
+
+CHANGEABLE_IN_TRAINING = {
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "data_parallel_size",
+    "sequence_parallel",
+    "distributed_optimizer",
+    "recompute",
+    "logits_chunk_tokens",
+    "attention_backend",
+    "transformer_engine",
+    "fused_optimizer",
+    "gradient_accumulation_fusion",
+    "checkpoint_interval",
+    "keep_checkpoints",
+    "asynchronous_checkpoints",
+    "threads",
+}
+"""Keys of `training` that decide how the same numbers are computed (to rounding), not which."""
 
 
 class NearPolicyConfig(Section):
@@ -205,10 +255,18 @@ class Config(Section):
                 f"training.global_batch_size = {training.global_batch_size}: must be a multiple of "
                 f"training.data_parallel_size = {training.data_parallel_size}"
             )
-        if training.sequence_parallel and training.sequence_length % training.tensor_model_parallel_size:
+        if training.virtual_pipeline_model_parallel_size > 1 and training.pipeline_model_parallel_size == 1:
             raise ValueError(
-                f"training.sequence_length = {training.sequence_length}: must be a multiple of "
-                f"training.tensor_model_parallel_size = {training.tensor_model_parallel_size}"
+                f"training.virtual_pipeline_model_parallel_size = {training.virtual_pipeline_model_parallel_size}: "
+                "needs training.pipeline_model_parallel_size > 1"
+            )
+        cp = training.context_parallel_size
+        pieces = (2 * cp if cp > 1 else 1) * (training.tensor_model_parallel_size if training.sequence_parallel else 1)
+        if training.sequence_length % pieces:
+            raise ValueError(
+                f"training.sequence_length = {training.sequence_length}: must be a multiple of {pieces} "
+                f"({2 * cp if cp > 1 else 1} for training.context_parallel_size = {cp}, times "
+                "training.tensor_model_parallel_size with sequence_parallel)"
             )
         if training.min_lr > training.lr:
             raise ValueError(f"training.min_lr = {training.min_lr}: must not exceed training.lr = {training.lr}")
@@ -234,10 +292,15 @@ class Config(Section):
         return tomli_w.dumps(self.model_dump())
 
     @property
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides what the run computes, nested as in the file. The rest may change on a restart:
+        the directory, `launch`, how the trainer is laid out over ranks and how it saves."""
+        return self.model_dump(exclude={"run_directory": True, "launch": True, "training": CHANGEABLE_IN_TRAINING})
+
+    @property
     def digest(self) -> str:
-        """SHA-256 of everything that decides what the run computes (not of `launch` or the directory)."""
-        content = self.model_dump(exclude={"run_directory": True, "launch": True})
-        return hashlib.sha256(tomli_w.dumps(content).encode()).hexdigest()
+        """SHA-256 of `identity`."""
+        return hashlib.sha256(tomli_w.dumps(self.identity).encode()).hexdigest()
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:

@@ -18,6 +18,7 @@ from tiny_models import make_llama
 from tiny_tokenizer import TEMPLATE, make_tokenizer
 
 from megatron_npd.cli import main
+from megatron_npd.config import load_config
 from megatron_npd.data.prompts import load_prompt_set
 from megatron_npd.launch.provenance import provenance
 from megatron_npd.run_directory import RunDirectory, read_json
@@ -264,6 +265,14 @@ def test_preparing_again_touches_nothing_but_launch_settings(inputs: Inputs) -> 
     assert main(["prepare", str(inputs.path), "--set", "launch.turns=off"]) == 0
     changed = {name for name, content in (snapshot(inputs.run) or {}).items() if before and before[name] != content}
     assert changed == {str(inputs.run / "config.toml")}
+
+
+def test_the_trainers_layout_may_change_between_starts(inputs: Inputs) -> None:
+    assert main(["prepare", str(inputs.path)]) == 0
+    inputs.set("training.tensor_model_parallel_size", 2)
+    inputs.set("training.distributed_optimizer", True)
+    assert main(["prepare", str(inputs.path)]) == 0
+    assert load_config(inputs.run / "config.toml").training.tensor_model_parallel_size == 2
 
 
 def test_an_interrupted_preparation_is_continued(inputs: Inputs) -> None:

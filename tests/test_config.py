@@ -127,6 +127,33 @@ def test_digest_leaves_out_the_place_and_how_it_is_launched(path: Path) -> None:
         assert load_config(path, [override]).digest != digest
 
 
+def test_digest_leaves_out_how_the_trainer_is_laid_out(path: Path) -> None:
+    digest = load_config(path).digest
+    layouts = (
+        "tensor_model_parallel_size=2",
+        "data_parallel_size=2",
+        "distributed_optimizer=true",
+        "recompute=full",
+        "checkpoint_interval=7",
+        "threads=3",
+    )
+    assert load_config(path, [f"training.{key}" for key in layouts]).digest == digest
+    # Context parallelism pads every sample, so other samples share a pack.
+    assert load_config(path, ["training.context_parallel_size=2"]).digest != digest
+
+
+def test_layouts_that_cannot_be_are_refused(path: Path) -> None:
+    faults = {
+        "training.virtual_pipeline_model_parallel_size=2": "needs training.pipeline_model_parallel_size > 1",
+        "training.sequence_parallel=true": "needs training.tensor_model_parallel_size > 1",
+        "training.context_parallel_size=3": "must be a multiple of 6",
+        "training.kd_temperature=0": "greater than 0",
+    }
+    for override, rule in faults.items():
+        with pytest.raises(UserError, match=rule):
+            load_config(path, [override])
+
+
 def test_a_configuration_does_not_change(path: Path) -> None:
     config = load_config(path)
     with pytest.raises(ValueError, match="frozen"):

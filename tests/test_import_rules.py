@@ -16,7 +16,7 @@ PACKAGE = "megatron_npd"
 ROOT = Path(__file__).resolve().parent.parent / PACKAGE
 
 LEVELS = [
-    ("config", "schema", "errors", "parallel", "hf_config", "run_directory", "__init__"),
+    ("config", "schema", "errors", "parallel", "hf_config", "run_directory", "parent_death", "__init__"),
     ("data", "buffer", "selection", "observe"),
     ("kernels", "mcore", "rollout", "weights"),
     ("teacher", "training"),

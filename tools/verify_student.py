@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_npd.config import Config, load_config
-from megatron_npd.data.packing import lay_out
+from megatron_npd.data.batch import lay_out
 from megatron_npd.data.prompts import load_prompt_set
 from megatron_npd.errors import USAGE_STATUS, UserError
 from megatron_npd.hf_config import eos_token_ids, read_model_dims
@@ -109,7 +109,7 @@ def megatron_disagreement(run: RunDirectory, config: Config, prompts: Answers, a
 
     from megatron_npd.kernels import top_token
     from megatron_npd.mcore.checkpoint import latest_checkpoint, load_model_only
-    from megatron_npd.mcore.model import build_gpt, forward_packed
+    from megatron_npd.mcore.model import ModelOptions, build_gpt, forward_packed, projected
     from megatron_npd.mcore.parallel import initialize, shutdown
 
     checkpoint = latest_checkpoint(run.checkpoints)
@@ -117,16 +117,16 @@ def megatron_disagreement(run: RunDirectory, config: Config, prompts: Answers, a
         raise UserError(f"{run.checkpoints}: holds no checkpoint")
     parallel = initialize()
     dims = read_model_dims(run.student)
-    layout = config.training.tensor_model_parallel_size
-    model = build_gpt(dims, parallel, torch.bfloat16, "reference", padded_for=layout)
-    load_model_only(checkpoint, model)
+    [model] = build_gpt(dims, parallel, torch.bfloat16, ModelOptions("reference"))
+    load_model_only(checkpoint, [model])
     model = model.float()
     model.config.params_dtype = torch.float32
     pairs = [(np.array(p), np.array(a)) for p, a in zip(prompts, answers, strict=True)]
     tokens, cu_seqlens, rows = (torch.from_numpy(array) for array in lay_out(pairs))
     with torch.no_grad():
-        logits = forward_packed(model, tokens, cu_seqlens, rows)
-    best = top_token(logits, parallel, dims.vocab_size).tolist()
+        hidden = forward_packed(model, tokens, cu_seqlens, rows, parallel)
+        chunks = projected(model, hidden, config.training.logits_chunk_tokens)
+        best = [token for _, logits in chunks for token in top_token(logits, parallel, dims.vocab_size).tolist()]
     shutdown()
     for index, answer in enumerate(answers):
         for position, token in enumerate(answer):

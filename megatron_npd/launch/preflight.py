@@ -92,11 +92,15 @@ def _check_splits(config: Config, teacher: Checkpoint, student: Checkpoint) -> N
     """Model dimensions must divide evenly over the ranks that split them."""
     annotator, training, rollout = config.annotator, config.training, config.rollout
     tensor = "tensor_model_parallel_size"
+    pipeline, chunks = training.pipeline_model_parallel_size, training.virtual_pipeline_model_parallel_size
+    stages = "training.pipeline_model_parallel_size"
+    if chunks > 1:
+        stages += " × training.virtual_pipeline_model_parallel_size"
     splits = [
         (f"annotator.{tensor}", annotator.tensor_model_parallel_size, teacher, SPLIT_BY_TENSOR_PARALLEL),
         (f"annotator.{tensor}", annotator.tensor_model_parallel_size, student, SPLIT_BY_TENSOR_PARALLEL),
         (f"training.{tensor}", training.tensor_model_parallel_size, student, SPLIT_BY_TENSOR_PARALLEL),
-        ("training.pipeline_model_parallel_size", training.pipeline_model_parallel_size, student, ("num_layers",)),
+        (stages, pipeline * chunks, student, ("num_layers",)),
         # vLLM copies key-value heads where there are fewer than ranks: only the query heads must divide.
         (f"rollout.{tensor}", rollout.tensor_model_parallel_size, teacher, ("num_heads",)),
         (f"rollout.{tensor}", rollout.tensor_model_parallel_size, student, ("num_heads",)),

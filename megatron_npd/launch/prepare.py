@@ -38,7 +38,7 @@ def prepare(config: Config) -> RunDirectory:
         save_prompt_set(run.prompts("train"), inputs.train.names, inputs.train.token_ids)
         save_prompt_set(run.prompts("heldout"), inputs.heldout.names, inputs.heldout.token_ids)
         write_json(run.provenance, provenance(config))
-    # On a resume only `launch` and the directory's own path can have changed: the roles read them from here.
+    # On a resume only what is not part of `Config.identity` can have changed: the roles read it from here.
     text = config.to_toml().encode()
     if not run.config.is_file() or run.config.read_bytes() != text:
         write_atomically(run.config, text)
@@ -102,7 +102,7 @@ def _check_same(run: RunDirectory, config: Config) -> None:
     prepared = load_config(run.config)
     if prepared.digest == config.digest:
         return
-    key, old, new = _differences(prepared.model_dump(), config.model_dump())[0]
+    key, old, new = _differences(prepared.identity, config.identity)[0]
     raise UserError(
         f"{key} = {new!r}: the run directory {run.root} was prepared with {old!r}; use another run_directory or the "
         "same value"
@@ -118,4 +118,4 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
             found += _differences(value, new[name], f"{key}.")
         elif value != new[name]:
             found.append((key, value, new[name]))
-    return [entry for entry in found if entry[0] != "run_directory" and not entry[0].startswith("launch.")]
+    return found

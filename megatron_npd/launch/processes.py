@@ -7,20 +7,18 @@ as it is not reaped, its id, and so the id of its group, cannot be given to anyb
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import functools
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_npd.parent_death import die_with
+
 POLL_SECONDS = 0.05
-_PR_SET_PDEATHSIG = 1
-# Loaded here: between fork and exec a child must not load libraries.
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ class Child:
                 stderr=subprocess.STDOUT,
                 env=os.environ | command.env,
                 start_new_session=True,
-                preexec_fn=_die_with_parent(os.getpid()),
+                preexec_fn=functools.partial(die_with, os.getpid()),
             )
 
     @property
@@ -106,15 +104,3 @@ def describe_exit(status: int) -> str:
         return f"exited with status {status}"
     name = signal.Signals(-status).name
     return f"was ended by {name}" + (" (out of memory?)" if -status == signal.SIGKILL else "")
-
-
-def _die_with_parent(parent: int) -> Callable[[], None]:
-    """For `preexec_fn`: the kernel kills the child when its parent dies, however that dies (Linux)."""
-
-    def request() -> None:
-        if _LIBC is not None:
-            _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() != parent:  # it died before the request
-                os._exit(1)
-
-    return request

@@ -5,9 +5,11 @@
     reference     torch's scaled_dot_product_attention, sequence by sequence (any device, any dtype)
 
 `choose_backend` picks the first that can run here and names it in the log; a forced backend that cannot run is
-an error, never replaced.
+an error, never replaced. Under context parallelism Transformer Engine passes keys around in a ring; the other two
+gather keys and values over the ranks and attend to what each local query may see (`mcore.packed`).
 
-Legend: T tokens of the packed batch, H local query heads, G local key-value heads, D head dimension.
+Legend: T this rank's tokens, U tokens of all context-parallel ranks, H local query heads, G local key-value heads,
+D head dimension.
 """
 
 from __future__ import annotations
@@ -19,10 +21,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 
 from megatron_npd.errors import UserError
+from megatron_npd.mcore.packed import LocalSequences, PackedSequences
 
 logger = logging.getLogger(__name__)
 BACKENDS = ("te", "torch_varlen", "reference")
@@ -54,24 +58,21 @@ def attention_module(backend: str) -> type[MegatronModule]:
     return {"torch_varlen": TorchVarlenAttention, "reference": ReferenceAttention}[backend]
 
 
-def packed_sequences(cu_seqlens: torch.Tensor) -> PackedSeqParams:
-    """Megatron's description of a packed batch; `cu_seqlens` is int32 [sequences + 1], starting at 0."""
-    longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-    )
-
-
 class _PackedAttention(MegatronModule):
     """The signature Megatron's SelfAttention calls; backends fill in `attend`."""
 
-    def __init__(self, config: Any, layer_number: int, attn_mask_type: Any, attention_type: str, **_: Any):
+    def __init__(
+        self,
+        config: Any,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        pg_collection: ProcessGroupCollection | None = None,
+        **_: Any,
+    ):
         super().__init__(config=config)
         self.softmax_scale = config.kv_channels**-0.5
+        self.cp_group = pg_collection.cp if pg_collection else None
 
     def forward(
         self,
@@ -81,17 +82,23 @@ class _PackedAttention(MegatronModule):
         attention_mask: None,
         attn_mask_type: Any = None,
         attention_bias: None = None,
-        packed_seq_params: PackedSeqParams | None = None,
+        packed_seq_params: PackedSequences | None = None,
         **_: Any,
     ) -> torch.Tensor:
         """Attention output, [T, H * D]."""
-        assert packed_seq_params is not None and packed_seq_params.qkv_format == "thd", "only packed batches"
-        output_THD = self.attend(query_THD, key_TGD, value_TGD, packed_seq_params)
-        return output_THD.reshape(output_THD.shape[0], -1)
+        assert packed_seq_params is not None and packed_seq_params.local is not None, "only packed batches"
+        sequences = packed_seq_params.local
+        if sequences.key_index is not None:
+            key_TGD, value_TGD = (
+                gather_from_sequence_parallel_region(x, group=self.cp_group).index_select(0, sequences.key_index)
+                for x in (key_TGD, value_TGD)
+            )
+        return self.attend(query_THD, key_TGD, value_TGD, sequences).reshape(query_THD.shape[0], -1)
 
     def attend(
-        self, query_THD: torch.Tensor, key_TGD: torch.Tensor, value_TGD: torch.Tensor, packed: PackedSeqParams
+        self, query_THD: torch.Tensor, key_UGD: torch.Tensor, value_UGD: torch.Tensor, sequences: LocalSequences
     ) -> torch.Tensor:
+        """Causal attention of each piece, aligned at the bottom right; [T, H, D]."""
         raise NotImplementedError
 
 
@@ -99,14 +106,18 @@ class ReferenceAttention(_PackedAttention):
     """scaled_dot_product_attention on each sequence: slow to launch, exact, runs everywhere."""
 
     def attend(
-        self, query_THD: torch.Tensor, key_TGD: torch.Tensor, value_TGD: torch.Tensor, packed: PackedSeqParams
+        self, query_THD: torch.Tensor, key_UGD: torch.Tensor, value_UGD: torch.Tensor, sequences: LocalSequences
     ) -> torch.Tensor:
-        bounds = packed.cu_seqlens_q.tolist()
+        pieces_q, pieces_k = (
+            list(itertools.pairwise(bounds.tolist())) for bounds in (sequences.cu_seqlens_q, sequences.cu_seqlens_k)
+        )
         outputs = []
-        for start, end in itertools.pairwise(bounds):
-            query, key, value = (x[start:end].transpose(0, 1)[None] for x in (query_THD, key_TGD, value_TGD))
+        for (start_q, end_q), (start_k, end_k) in zip(pieces_q, pieces_k, strict=True):
+            query = query_THD[start_q:end_q].transpose(0, 1)[None]
+            key, value = (x[start_k:end_k].transpose(0, 1)[None] for x in (key_UGD, value_UGD))
+            mask = _causal(end_q - start_q, end_k - start_k, query.device)
             attended = F.scaled_dot_product_attention(
-                query, key, value, is_causal=True, scale=self.softmax_scale, enable_gqa=True
+                query, key, value, scale=self.softmax_scale, enable_gqa=True, **mask
             )
             outputs.append(attended[0].transpose(0, 1))
         return torch.cat(outputs)
@@ -116,22 +127,29 @@ class TorchVarlenAttention(_PackedAttention):
     """torch.nn.attention.varlen: one flash-attention launch for the whole batch."""
 
     def attend(
-        self, query_THD: torch.Tensor, key_TGD: torch.Tensor, value_TGD: torch.Tensor, packed: PackedSeqParams
+        self, query_THD: torch.Tensor, key_UGD: torch.Tensor, value_UGD: torch.Tensor, sequences: LocalSequences
     ) -> torch.Tensor:
         from torch.nn.attention.varlen import varlen_attn
 
         return varlen_attn(
             query_THD.contiguous(),
-            key_TGD.contiguous(),
-            value_TGD.contiguous(),
-            packed.cu_seqlens_q,
-            packed.cu_seqlens_kv,
-            packed.max_seqlen_q,
-            packed.max_seqlen_kv,
+            key_UGD.contiguous(),
+            value_UGD.contiguous(),
+            sequences.cu_seqlens_q,
+            sequences.cu_seqlens_k,
+            sequences.max_seqlen_q,
+            sequences.max_seqlen_k,
             scale=self.softmax_scale,
-            window_size=(-1, 0),  # causal
-            enable_gqa=query_THD.shape[1] != key_TGD.shape[1],
+            window_size=(-1, 0),  # causal, aligned at the bottom right
+            enable_gqa=query_THD.shape[1] != key_UGD.shape[1],
         )
+
+
+def _causal(queries: int, keys: int, device: torch.device) -> dict[str, Any]:
+    """Arguments of scaled_dot_product_attention for queries that are the last of the keys."""
+    if queries == keys:
+        return {"is_causal": True}
+    return {"attn_mask": torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)}
 
 
 def _obstacle(backend: str, dtype: torch.dtype) -> str | None:

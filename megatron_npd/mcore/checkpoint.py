@@ -1,45 +1,116 @@
-"""Saving and loading model and optimizer as a Megatron torch_dist checkpoint, with the run's state beside it.
+"""Checkpoints of model, optimizer and run state: written in the background, current atomically, loadable anywhere.
 
-`checkpoints/iter_0000120/` is written under a temporary name and renamed when complete; `latest.txt` names the current
-one and is replaced atomically.
+`checkpoints/iter_0000120/` is a Megatron torch_dist checkpoint with `run_state.json` beside it. It is written under a
+temporary name and renamed when every rank has written its part; `latest.txt` names the current one and is replaced
+atomically; older ones than the newest N are deleted after that. Weights and optimizer state are stored by global
+shape, so any tensor, pipeline and data parallel size can load them. No random state is stored: nothing in training is
+random (no dropout; order and learning rate are functions of the step).
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 import shutil
+import time
+import uuid
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from torch.multiprocessing import get_context
 
-from megatron_npd.errors import UserError
-from megatron_npd.mcore.optimizer import Trainable, unwrap
-from megatron_npd.mcore.parallel import barrier
+from megatron_npd.mcore import optimizer_state
+from megatron_npd.mcore.optimizer import Trainable
+from megatron_npd.mcore.parallel import barrier, broadcast_object
+from megatron_npd.parent_death import die_with
 from megatron_npd.run_directory import fsync_folder, read_json, write_atomically, write_json
 
+logger = logging.getLogger(__name__)
 LATEST = "latest.txt"
 STATE = "run_state.json"
+STAGING = ".staging-"
+SAY_AFTER_SECONDS = 30.0
 
 
-def save_checkpoint(folder: Path, step: int, trainable: Trainable, run_state: dict[str, Any]) -> Path:
-    """Save everything under `folder/iter_{step:07d}` and make it current. Every rank calls this."""
-    final = folder / f"iter_{step:07d}"
-    staging = folder / f".staging-{final.name}"
-    if trainable.parallel.rank == 0:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-    barrier()
-    dist_checkpointing.save(_sharded_state(trainable, loading=False), str(staging))
-    barrier()
-    if trainable.parallel.rank == 0:
-        write_json(staging / STATE, run_state)
-        fsync_folder(staging)
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(staging, final)
-        write_atomically(folder / LATEST, f"{final.name}\n".encode())
-    barrier()
-    return final
+class Checkpointer:
+    """Saves one checkpoint at a time. Every rank makes one and calls its methods at the same places."""
+
+    def __init__(self, folder: Path, trainable: Trainable, keep: int = 2, asynchronous: bool = True):
+        self.folder = folder
+        self.trainable = trainable
+        self.keep = keep
+        self.asynchronous = asynchronous
+        self._calls = AsyncCallsQueue()
+        _use_mortal_results_queue()
+        self._is_first = trainable.parallel.rank == 0
+
+    def save(self, step: int, run_state: dict[str, Any]) -> None:
+        """Save the state after `step` optimizer steps. Returns when it is copied; it is current once `poll` or
+        `wait` have found it written (or at once, if not asynchronous)."""
+        self.wait()
+        final = self.folder / f"iter_{step:07d}"
+        # A name of its own: a writer that outlived a killed trainer cannot write into this one's files.
+        staging = Path(broadcast_object(str(self.folder / f"{STAGING}{final.name}-{uuid.uuid4().hex[:8]}")))
+        if self._is_first:
+            for leftover in self.folder.glob(f"{STAGING}*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            staging.mkdir(parents=True)
+            write_json(staging / STATE, {"optimizer_steps": step, "run": run_state})
+        barrier()
+        request = dist_checkpointing.save(
+            self._state_to_save(), str(staging), TorchDistSaveShardedStrategy("torch_dist", 1), async_sharded_save=True
+        )
+        request.add_finalize_fn(functools.partial(self._make_current, staging, final))
+        self._calls.schedule_async_request(_in_own_writer(request))
+        if not self.asynchronous:
+            self.wait()
+
+    def poll(self) -> None:
+        """Make a save current if every rank has written its part."""
+        self._calls.maybe_finalize_async_calls(blocking=False)
+
+    def wait(self) -> None:
+        """Return when the save under way, if any, is current; says so when that takes long."""
+        started = said = time.monotonic()
+        while self._calls.get_num_unfinalized_calls():
+            self.poll()
+            if time.monotonic() - said > SAY_AFTER_SECONDS:
+                said = time.monotonic()
+                logger.info("waiting for the checkpoint to be written, for %.0f s", said - started)
+            time.sleep(0.01)
+
+    def _state_to_save(self) -> dict[str, Any]:
+        model = model_state(self.trainable.models)
+        return {"model": model, "optimizer": optimizer_state.sharded_for_saving(self.trainable, model)}
+
+    def _make_current(self, staging: Path, final: Path) -> None:
+        if self._is_first:
+            _make_durable(staging)
+            assert latest_checkpoint(self.folder) != final, f"{final} is current: a step is saved once"
+            shutil.rmtree(final, ignore_errors=True)  # complete, but never made current: its trainer was killed
+            os.rename(staging, final)
+            fsync_folder(self.folder)
+            write_atomically(self.folder / LATEST, f"{final.name}\n".encode())
+            for old in sorted(self.folder.glob("iter_*"))[: -self.keep]:
+                if old.name < final.name:
+                    shutil.rmtree(old, ignore_errors=True)
+            logger.info("checkpoint %s is current", final.name)
+        barrier()
+
+
+def _make_durable(folder: Path) -> None:
+    for file in folder.iterdir():
+        with open(file, "rb") as stream:
+            os.fsync(stream.fileno())
+    fsync_folder(folder)
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -48,33 +119,71 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return folder / latest.read_text().strip() if latest.is_file() else None
 
 
-def load_checkpoint(checkpoint: Path, trainable: Trainable) -> dict[str, Any]:
-    """Load weights and optimizer in place and return the run state saved with them.
+def read_run_state(checkpoint: Path) -> dict[str, Any]:
+    """What `Checkpointer.save` was given."""
+    return read_json(checkpoint / STATE)["run"]
 
-    Raises:
-        UserError: the distributed optimizer is on. With torch's Adam, megatron-core 0.16 loses its step counts on the
-            way (measured: the second step after a restart differs), so a restart would train on wrongly.
+
+def load_checkpoint(checkpoint: Path, trainable: Trainable) -> None:
+    """Load weights and optimizer in place, saved at whatever parallel layout."""
+    model = model_state(trainable.models)
+    templates = optimizer_state.sharded_for_loading(trainable, model)
+    loaded = dist_checkpointing.load({"model": model, "optimizer": templates}, str(checkpoint))
+    _load_models(trainable.models, loaded["model"])
+    steps = read_json(checkpoint / STATE)["optimizer_steps"]
+    optimizer_state.restore(trainable, loaded["optimizer"], steps)
+
+
+def load_model_only(checkpoint: Path, models: list[Any]) -> None:
+    """Load the weights of a checkpoint into bare models, saved at whatever parallel layout."""
+    loaded = dist_checkpointing.load({"model": model_state(models)}, str(checkpoint))
+    _load_models(models, loaded["model"])
+
+
+def model_state(models: list[Any]) -> dict[str, Any]:
+    """The sharded state dict of a rank's model chunks.
+
+    Heads and vocabulary are padded with zeros to fit the tensor-parallel size (`ModelDims.padded_kv_heads`), so these
+    tensors may be longer or shorter in the checkpoint: what is missing is zero, what is too much is zero.
     """
-    if trainable.model.ddp_config.use_distributed_optimizer:
-        raise UserError(
-            f"training.distributed_optimizer = true: {checkpoint} cannot be resumed with it yet; start a new "
-            "run_directory, or set it to false from the beginning"
-        )
-    state = dist_checkpointing.load(_sharded_state(trainable, loading=True), str(checkpoint))
-    unwrap(trainable).load_state_dict(state["model"])
-    trainable.optimizer.load_state_dict(state["optimizer"])
-    return read_json(checkpoint / STATE)
+    state = {str(index): model.sharded_state_dict(prefix="") for index, model in enumerate(models)}
+    for entry in nested_values(state):
+        if any(part in entry.key for part in PADDED):
+            entry.allow_shape_mismatch = True
+    return state
 
 
-def load_model_only(checkpoint: Path, model: Any) -> None:
-    """Load the weights of a checkpoint into a bare model."""
-    state = dist_checkpointing.load({"model": model.sharded_state_dict(prefix="")}, str(checkpoint))
-    model.load_state_dict(state["model"])
+PADDED = ("self_attention.linear_qkv.weight", "self_attention.linear_qkv.bias", "self_attention.linear_proj.weight")
+"""Tensors padded by head. Megatron itself permits other lengths of embedding and output layer."""
 
 
-def _sharded_state(trainable: Trainable, loading: bool) -> dict[str, Any]:
-    model = unwrap(trainable).sharded_state_dict(prefix="")
-    optimizer = trainable.optimizer.sharded_state_dict(
-        model, is_loading=loading, metadata={"distrib_optim_sharding_type": "fully_reshardable"}
-    )
-    return {"model": model, "optimizer": optimizer}
+def _load_models(models: list[Any], loaded: dict[str, Any]) -> None:
+    for index, model in enumerate(models):
+        model.load_state_dict(loaded[str(index)])
+
+
+def _in_own_writer(request: AsyncRequest) -> AsyncRequest:
+    """The request with a writing process that dies with this one, and never starts OpenMP threads after its fork."""
+    if request.async_fn is None:
+        return request
+    return request._replace(async_fn=functools.partial(_write, os.getpid(), request.async_fn))
+
+
+def _write(trainer: int, function: Any, *arguments: Any, **keywords: Any) -> None:
+    die_with(trainer)
+    writer = os.getpid()
+    os.register_at_fork(after_in_child=lambda: die_with(writer))
+    torch.set_num_threads(1)
+    function(*arguments, **keywords)
+
+
+_manager: SyncManager | None = None
+
+
+def _use_mortal_results_queue() -> None:
+    """Let writers report through a server process that dies with this one; Megatron's own would outlive a kill."""
+    global _manager
+    if _manager is None:
+        _manager = SyncManager(ctx=get_context("spawn"))
+        _manager.start(initializer=die_with, initargs=(os.getpid(),))
+        filesystem_async._results_queue = _manager.Queue()

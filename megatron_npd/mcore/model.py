@@ -1,26 +1,54 @@
-"""Building Megatron-Core GPT models from Hugging Face dimensions, and running them on packed batches."""
+"""Building Megatron-Core GPT models from Hugging Face dimensions, and running them on packed batches.
+
+Legend: T this rank's tokens of a pack, N rows to score (positions that predict a response token), H hidden size,
+V columns of this rank's logits.
+"""
 
 from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_npd.hf_config import ModelDims
-from megatron_npd.mcore.attention import attention_module, packed_sequences
+from megatron_npd.mcore import acceleration
+from megatron_npd.mcore.acceleration import Acceleration
+from megatron_npd.mcore.attention import attention_module
+from megatron_npd.mcore.packed import packed_sequences
 from megatron_npd.parallel import Parallel
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """How a model computes; never what."""
+
+    attention_backend: str
+    sequence_parallel: bool = False
+    recompute: str = "none"
+    """Activations computed again in the backward: none, selective (core attention) or full (whole layers)."""
+    acceleration: Acceleration = acceleration.NONE
 
 
 class RMSNorm(torch.nn.Module):
@@ -34,6 +62,23 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+class SelectedRows(ColumnParallelLinear):
+    """The output layer, which hands over the hidden states to score instead of projecting all of them.
+
+    The projection is a third of a small model's work and its logits are the largest tensor there is, so whoever
+    scores projects only `rows` of this rank's sequence, chunk by chunk (`kernels.linear_ce_topk_kl`), with
+    `head_weight`. Each rank's gradient of what is returned covers its own columns; they are summed here.
+    """
+
+    rows: torch.Tensor
+
+    def forward(self, input_: torch.Tensor, weight: Any = None, runtime_gather_output: Any = None) -> tuple:
+        """Hidden states [T, 1, H] (a slice of T under sequence parallelism) -> [N, 1, H] on every rank, None."""
+        if self.config.sequence_parallel:
+            return gather_from_sequence_parallel_region(input_).index_select(0, self.rows), None
+        return copy_to_tensor_model_parallel_region(input_.index_select(0, self.rows)), None
 
 
 def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int) -> int:
@@ -51,28 +96,113 @@ def valid_vocab_columns(vocab_size: int, parallel: Parallel, limit: int | None =
     return min(max(real - parallel.tp_rank * local, 0), local)
 
 
-def build_gpt(
-    dims: ModelDims,
-    parallel: Parallel,
-    dtype: torch.dtype,
-    attention_backend: str,
-    sequence_parallel: bool = False,
-    padded_for: int | None = None,
-) -> GPTModel:
-    """This rank's part of a GPT model, randomly initialised: load weights before use.
+def build_gpt(dims: ModelDims, parallel: Parallel, dtype: torch.dtype, options: ModelOptions) -> list[GPTModel]:
+    """This rank's chunks of a GPT model (one, or several in an interleaved pipeline), randomly initialised.
 
-    `padded_for`: pad heads and vocabulary as for this tensor-parallel size instead of the layout's own, to load a
-    Megatron checkpoint that was saved at it.
-
-    Run it with `forward_packed`.
+    Load weights before use; run it with `forward_packed`.
     """
-    padded_for = padded_for or parallel.tp_size
-    kv_heads = dims.padded_kv_heads(padded_for)
+    kv_heads = dims.padded_kv_heads(parallel.tp_size)
     if kv_heads != dims.num_kv_heads:
         logger.info(
-            "key-value heads padded with zeros from %d to %d for TP %d", dims.num_kv_heads, kv_heads, padded_for
+            "key-value heads padded with zeros from %d to %d for TP %d", dims.num_kv_heads, kv_heads, parallel.tp_size
         )
-    config = TransformerConfig(
+    config = _transformer_config(dims, kv_heads, parallel, dtype, options)
+    chunks = []
+    for stage in range(parallel.virtual_pp_size):
+        virtual_stage = stage if parallel.virtual_pp_size > 1 else None
+        is_last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=virtual_stage)
+        model = GPTModel(
+            config,
+            _block_spec(config, options, virtual_stage),
+            vocab_size=padded_vocab_size(dims.vocab_size, parallel.tp_size),
+            max_sequence_length=dims.max_positions,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=virtual_stage),
+            post_process=is_last,
+            parallel_output=True,
+            share_embeddings_and_output_weights=dims.tied_embeddings,
+            position_embedding_type="rope",
+            rotary_base=dims.rope_theta,
+            vp_stage=virtual_stage,
+        )
+        if is_last:
+            model.output_layer.__class__ = SelectedRows  # GPTModel builds the layer itself; only its forward differs
+        chunks.append(model.to(dtype=dtype, device=parallel.device))
+    return chunks
+
+
+def forward_packed(
+    model: torch.nn.Module, tokens_T: torch.Tensor, cu_seqlens: torch.Tensor, rows_N: torch.Tensor, parallel: Parallel
+) -> torch.Tensor:
+    """One forward over a packed batch: hidden states to score, [N, H], on the last stage, else those for the next.
+
+    Args:
+        tokens_T: this rank's tokens: the whole pack, or its context-parallel share.
+        cu_seqlens: int32, bounds of the WHOLE pack's sequences.
+        rows_N: int64, which of this rank's tokens to score.
+    """
+    gpt = unwrap(model)
+    if gpt.post_process:
+        gpt.output_layer.rows = rows_N
+    packed = packed_sequences(cu_seqlens, parallel.cp_rank, parallel.cp_size)
+    output = model(tokens_T[None], None, None, packed_seq_params=packed)  # rotary positions come from `packed`
+    return output[0] if gpt.post_process else output
+
+
+def head_weight(model: torch.nn.Module) -> torch.Tensor:
+    """This rank's rows of the projection to the vocabulary, [V, H]; on the last stage."""
+    gpt = unwrap(model)
+    tied = gpt.share_embeddings_and_output_weights
+    return gpt.shared_embedding_or_output_weight() if tied else gpt.output_layer.weight
+
+
+def projected(
+    model: torch.nn.Module, hidden_NH: torch.Tensor, chunk_tokens: int
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """(rows, their logits [chunk, V]) of successive chunks; no more than one exists at a time."""
+    weight_VH = head_weight(model)
+    for start in range(0, len(hidden_NH), chunk_tokens):
+        rows = slice(start, min(start + chunk_tokens, len(hidden_NH)))
+        yield rows, hidden_NH[rows] @ weight_VH.T
+
+
+def named_parameters(chunks: Sequence[GPTModel]) -> dict[str, torch.nn.Parameter]:
+    """Parameters by name, whatever the pipeline stage and the layer implementation.
+
+    Layers are numbered over the whole model; norms that Transformer Engine fuses into the linear layer behind them
+    have the names they have without it.
+    """
+    named = {}
+    for model in chunks:
+        numbers = {index: layer.layer_number - 1 for index, layer in enumerate(model.decoder.layers)}
+        for name, parameter in model.named_parameters():
+            name = re.sub(r"decoder\.layers\.(\d+)", lambda m, n=numbers: f"decoder.layers.{n[int(m.group(1))]}", name)
+            for fused, plain in FUSED_NORMS.items():
+                name = name.replace(fused, plain)
+            named[name] = parameter
+    return named
+
+
+FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+"""Name in Transformer Engine's layers -> name in Megatron's own."""
+
+
+def unwrap(model: torch.nn.Module) -> GPTModel:
+    """The model inside a data-parallel wrapper, or the model itself."""
+    return getattr(model, "module", model)
+
+
+def _transformer_config(
+    dims: ModelDims, kv_heads: int, parallel: Parallel, dtype: torch.dtype, options: ModelOptions
+) -> TransformerConfig:
+    recompute = {
+        "none": {},
+        "selective": {"recompute_granularity": "selective"},
+        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    }[options.recompute]
+    return TransformerConfig(
         num_layers=dims.num_layers,
         hidden_size=dims.hidden_size,
         num_attention_heads=kv_heads * (dims.num_heads // dims.num_kv_heads),
@@ -84,11 +214,18 @@ def build_gpt(
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
+        add_qkv_bias=dims.qkv_bias,
+        qk_layernorm=dims.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tp_size,
         pipeline_model_parallel_size=parallel.pp_size,
-        sequence_parallel=sequence_parallel,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pp_size if parallel.virtual_pp_size > 1 else None,
+        # Of two stages each is the other's next AND previous; only sends and receives of their own keep them apart.
+        overlap_p2p_comm=parallel.virtual_pp_size > 1,
+        batch_p2p_comm=parallel.virtual_pp_size == 1,
+        context_parallel_size=parallel.cp_size,
+        sequence_parallel=options.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -96,79 +233,29 @@ def build_gpt(
         calculate_per_token_loss=True,
         finalize_model_grads_func=finalize_model_grads,
         use_cpu_initialization=parallel.device == "cpu",
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=options.acceleration.gradient_accumulation_fusion,
         bias_dropout_fusion=False,
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
-        apply_rope_fusion=False,
+        apply_rope_fusion=options.acceleration.transformer_engine,
         persist_layer_norm=False,
+        **recompute,
     )
-    model = GPTModel(
-        config,
-        _block_spec(config, attention_backend),
-        vocab_size=padded_vocab_size(dims.vocab_size, padded_for),
-        max_sequence_length=dims.max_positions,
-        pre_process=parallel.is_first_stage,
-        post_process=parallel.is_last_stage,
-        parallel_output=True,
-        share_embeddings_and_output_weights=dims.tied_embeddings,
-        position_embedding_type="rope",
-        rotary_base=dims.rope_theta,
-    )
-    if parallel.is_last_stage:
-        _project_selected_rows(model, sequence_parallel)
-    return model.to(dtype=dtype, device=parallel.device)
 
 
-def forward_packed(
-    model: torch.nn.Module, tokens_T: torch.Tensor, cu_seqlens: torch.Tensor, rows_N: torch.Tensor
-) -> torch.Tensor:
-    """One forward over a packed batch: logits [N, V / TP] on the last stage, else hidden states for the next.
-
-    Only `rows_N` (int64, positions whose logits are wanted) are projected to the vocabulary: prompts and padding are
-    often half of a batch, and the projection is a third of a small model's work.
-    """
-    getattr(model, "module", model).projected_rows = rows_N
-    lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
-    starts_T = torch.repeat_interleave(cu_seqlens[:-1].long(), lengths, output_size=len(tokens_T))
-    positions_T = torch.arange(len(tokens_T), device=tokens_T.device) - starts_T
-    output = model(tokens_T[None], positions_T[None], None, packed_seq_params=packed_sequences(cu_seqlens))
-    return output[0] if parallel_state.is_pipeline_last_stage() else output
-
-
-def named_parameters(model: GPTModel) -> dict[str, torch.nn.Parameter]:
-    """Parameters by name with layers numbered over the whole model, whatever pipeline stage this is."""
-    numbers = {index: layer.layer_number - 1 for index, layer in enumerate(model.decoder.layers)}
-
-    def to_global(name: str) -> str:
-        return re.sub(r"decoder\.layers\.(\d+)", lambda m: f"decoder.layers.{numbers[int(m.group(1))]}", name)
-
-    return {to_global(name): parameter for name, parameter in model.named_parameters()}
-
-
-def _project_selected_rows(model: GPTModel, sequence_parallel: bool) -> None:
-    """Make the output layer see only `model.projected_rows` of its input.
-
-    Under sequence parallelism the layer itself would gather the sequence; rows can only be picked after that, so the
-    gather moves before the layer, which then reduces its input's gradient as it does without sequence parallelism.
-    """
-    layer = model.output_layer
-    if sequence_parallel:
-        layer.sequence_parallel, layer.allreduce_dgrad = False, True
-
-    def select(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        hidden_T1H = inputs[0]
-        if sequence_parallel:
-            hidden_T1H = gather_from_sequence_parallel_region(hidden_T1H, tensor_parallel_output_grad=False)
-        return (hidden_T1H.index_select(0, model.projected_rows), *inputs[1:])
-
-    layer.register_forward_pre_hook(select)
-
-
-def _block_spec(config: TransformerConfig, attention_backend: str) -> TransformerBlockSubmodules:
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
-    layer.submodules.input_layernorm = RMSNorm
-    layer.submodules.pre_mlp_layernorm = RMSNorm
-    layer.submodules.self_attention.submodules.core_attention = ModuleSpec(attention_module(attention_backend))
-    layers = get_num_layers_to_build(config)
+def _block_spec(
+    config: TransformerConfig, options: ModelOptions, virtual_stage: int | None
+) -> TransformerBlockSubmodules:
+    if options.acceleration.transformer_engine:
+        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    else:
+        layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
+        layer.submodules.input_layernorm = RMSNorm
+        layer.submodules.pre_mlp_layernorm = RMSNorm
+        if config.qk_layernorm:
+            layer.submodules.self_attention.submodules.q_layernorm = RMSNorm
+            layer.submodules.self_attention.submodules.k_layernorm = RMSNorm
+    attention = ModuleSpec(attention_module(options.attention_backend))
+    layer.submodules.self_attention.submodules.core_attention = attention
+    layers = get_num_layers_to_build(config, virtual_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)

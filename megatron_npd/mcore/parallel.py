@@ -20,21 +20,24 @@ RENDEZVOUS = "NPD_RENDEZVOUS"
 def initialize(
     tensor_model_parallel_size: int = 1,
     pipeline_model_parallel_size: int = 1,
+    context_parallel_size: int = 1,
+    virtual_pipeline_model_parallel_size: int = 1,
     seed: int = 1234,
     timeout: timedelta = timedelta(minutes=30),
 ) -> Parallel:
     """Join the other ranks (RANK and WORLD_SIZE from the environment; alone without) and lay out the groups.
 
     Raises:
-        ValueError: WORLD_SIZE is not a multiple of tensor × pipeline parallel size.
+        ValueError: WORLD_SIZE is not a multiple of tensor × pipeline × context parallel size.
     """
     cpu.install()
     from megatron.core import parallel_state, tensor_parallel
 
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    tp, pp = tensor_model_parallel_size, pipeline_model_parallel_size
-    if world_size % (tp * pp):
-        raise ValueError(f"WORLD_SIZE = {world_size}: must be a multiple of TP × PP = {tp} × {pp}")
+    tp, pp, cp = tensor_model_parallel_size, pipeline_model_parallel_size, context_parallel_size
+    virtual = virtual_pipeline_model_parallel_size
+    if world_size % (tp * pp * cp):
+        raise ValueError(f"WORLD_SIZE = {world_size}: must be a multiple of TP × PP × CP = {tp} × {pp} × {cp}")
     device = "cpu"
     if torch.cuda.is_available():
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', rank % torch.cuda.device_count()))}"
@@ -47,7 +50,7 @@ def initialize(
             world_size=world_size,
             timeout=timeout,
         )
-    parallel_state.initialize_model_parallel(tp, pp)
+    parallel_state.initialize_model_parallel(tp, pp, virtual if virtual > 1 else None, context_parallel_size=cp)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     dp = parallel_state.get_data_parallel_world_size()
     return Parallel(
@@ -57,20 +60,29 @@ def initialize(
         tp_size=tp,
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
         pp_size=pp,
+        virtual_pp_size=virtual,
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        cp_size=cp,
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=dp,
         tp_group=parallel_state.get_tensor_model_parallel_group() if tp > 1 else None,
-        dp_group=parallel_state.get_data_parallel_group() if dp > 1 else None,
+        cp_group=parallel_state.get_context_parallel_group() if cp > 1 else None,
+        dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True) if dp * cp > 1 else None,
         device=device,
     )
 
 
-def shutdown() -> None:
-    """Leave the groups; safe to call when nothing was started."""
+def leave_layout() -> None:
+    """Leave the model-parallel groups, so that the same processes can `initialize` another layout."""
     from megatron.core import parallel_state
 
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
+
+
+def shutdown() -> None:
+    """Leave all groups; safe to call when nothing was started."""
+    leave_layout()
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -35,7 +35,9 @@ def annotate_shard(
     conditional: list[Pair] = [(shard.prompt(row), responses[row]) for row in range(count)]
     unconditional: list[Pair] = [(prefix, responses[row]) for row in range(count)]
 
-    teacher_conditional, annotations = teacher.annotate(conditional, length, config.annotator.top_k)
+    teacher_conditional, annotations = teacher.annotate(
+        conditional, length, config.annotator.top_k, config.training.kd_temperature
+    )
     missing = np.full(count, np.nan)
     teacher_unconditional = teacher.mean_nll(unconditional, length) if student else missing
     student_conditional = student.mean_nll(conditional, length) if student else missing
@@ -68,7 +70,8 @@ def annotate_shard(
     }
     passes = [conditional] if student is None else [conditional, unconditional] * 2
     tokens = sum(len(before) + len(response) - 1 for pairs in passes for before, response in pairs if len(response))
-    return Shard("samples", columns, shard.metadata), tokens
+    metadata = {**shard.metadata, "kd_temperature": str(config.training.kd_temperature)}
+    return Shard("samples", columns, metadata), tokens
 
 
 def _topk_columns(annotations: list[Annotation | None], kept: np.ndarray, k: int) -> dict[str, np.ndarray]:

@@ -76,8 +76,10 @@ class Annotator:
         dtype = getattr(torch, config.models.dtype)
         backend = choose_backend("auto", dtype)
         self.vocabulary = _common_vocabulary(config)
-        self.teacher = PrefillModel(config.models.teacher, self.parallel, dtype, backend, self.vocabulary)
-        self.student = PrefillModel(config.models.student, self.parallel, dtype, backend, self.vocabulary)
+        self.teacher, self.student = (
+            PrefillModel(folder, self.parallel, dtype, backend, self.vocabulary, config.training.logits_chunk_tokens)
+            for folder in (config.models.teacher, config.models.student)
+        )
         self.student_version: int | None = None
         self.prefix = self._unconditional_prefix()
         self.end_tokens = eos_token_ids(config.models.student)

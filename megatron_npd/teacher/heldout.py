@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from megatron_npd.data.packing import pack
 from megatron_npd.kernels import forward_kl, token_logprobs, top_token
-from megatron_npd.teacher.prefill import Pair, PrefillModel
+from megatron_npd.teacher.prefill import Pair, PrefillModel, response_tokens
 
 
 @dataclass(frozen=True)
@@ -32,11 +31,11 @@ def evaluate_heldout(
     lengths = np.array([len(prefix) + len(response) - 1 for prefix, response in pairs])
     for items in pack(lengths, pack_length):
         group = [pairs[item] for item in items]
-        targets = torch.from_numpy(np.concatenate([response for _, response in group]).astype(np.int64))
-        teacher_NV, student_NV = teacher.logits(group), student.logits(group)
-        kl += forward_kl(teacher_NV, student_NV, parallel, valid).double().sum().item()
-        ce -= token_logprobs(student_NV, targets.to(parallel.device), parallel, valid).double().sum().item()
-        same = top_token(teacher_NV, parallel, valid) == top_token(student_NV, parallel, valid)
-        agreement += same.double().sum().item()
+        targets = response_tokens(group).to(parallel.device)
+        for (rows, teacher_CV), (_, student_CV) in zip(teacher.logits(group), student.logits(group), strict=True):
+            kl += forward_kl(teacher_CV, student_CV, parallel, valid).double().sum().item()
+            ce -= token_logprobs(student_CV, targets[rows], parallel, valid).double().sum().item()
+            same = top_token(teacher_CV, parallel, valid) == top_token(student_CV, parallel, valid)
+            agreement += same.double().sum().item()
         tokens += len(targets)
     return HeldoutFigures(kl / tokens, ce / tokens, agreement / tokens, tokens)

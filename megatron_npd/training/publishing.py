@@ -7,14 +7,16 @@ import shutil
 from typing import Any
 
 import numpy as np
+import torch
 
 from megatron_npd.buffer.versions import MANIFEST, PARITY, ParityProbe
 from megatron_npd.config import Config
-from megatron_npd.data.packing import lay_out
+from megatron_npd.data.batch import PackedBatch, TrainingSample, aligned, collate
+from megatron_npd.data.context_parallel import context_parallel_share
 from megatron_npd.data.prompts import load_prompt_set
 from megatron_npd.hf_config import ModelDims
 from megatron_npd.mcore.model import named_parameters
-from megatron_npd.mcore.optimizer import pipeline_forward
+from megatron_npd.mcore.optimizer import micro_batch_multiple, pipeline_forward, sum_over
 from megatron_npd.mcore.parallel import barrier
 from megatron_npd.parallel import Parallel
 from megatron_npd.run_directory import RunDirectory, fsync_folder
@@ -24,10 +26,13 @@ from megatron_npd.weights.publish import publish_version
 PROBE_SEQUENCES = 16
 
 
-def publish(run: RunDirectory, config: Config, version: int, model: Any, dims: ModelDims, parallel: Parallel) -> int:
+def publish(
+    run: RunDirectory, config: Config, version: int, models: list[Any], dims: ModelDims, parallel: Parallel
+) -> int:
     """Publish the model as `version`, with this model's own logprobs on fixed tokens beside it; returns bytes."""
-    probe = _parity_probe(run, config, model, dims, parallel)
-    return publish_version(run, version, named_parameters(model), dims, parallel, config.models.student, probe, barrier)
+    probe = _parity_probe(run, config, models, dims, parallel)
+    parameters = named_parameters(models)
+    return publish_version(run, version, parameters, dims, parallel, config.models.student, probe, barrier)
 
 
 def write_student(run: RunDirectory, version: int) -> None:
@@ -48,21 +53,53 @@ def write_student(run: RunDirectory, version: int) -> None:
 
 
 def _parity_probe(
-    run: RunDirectory, config: Config, model: Any, dims: ModelDims, parallel: Parallel
+    run: RunDirectory, config: Config, models: list[Any], dims: ModelDims, parallel: Parallel
 ) -> ParityProbe | None:
     """Logprobs of the first held-out prompts under this model; on the logging rank, else None."""
-    prompts = load_prompt_set(run.prompts("heldout"))
-    capacity = config.training.sequence_length
-    sequences: list[np.ndarray] = []
-    for index in range(min(PROBE_SEQUENCES, len(prompts))):
-        sequence = np.asarray(prompts[index])
-        if len(sequence) >= 2 and sum(len(s) - 1 for s in sequences) + len(sequence) - 1 <= capacity:
-            sequences.append(sequence)
-    tokens, cu_seqlens, rows = lay_out([(sequence[:1], sequence[1:]) for sequence in sequences], capacity)
-    targets = np.concatenate([sequence[1:] for sequence in sequences]).astype(np.int64)
-    reports = pipeline_forward(model, logprob_step(dims, parallel), [(tokens, cu_seqlens, rows, targets)], capacity)
+    sequences = _probe_sequences(run, config.training.sequence_length, parallel.sequence_alignment)
+    batch, *fill = _probe_batches(sequences, config.training.sequence_length, parallel)
+    share = context_parallel_share(batch, parallel.cp_rank, parallel.cp_size)
+    step = logprob_step(dims, parallel, config.training.logits_chunk_tokens)
+    reports = pipeline_forward(models, step, [share, *fill], config.training.sequence_length)
+    if not parallel.is_last_stage:
+        return None
+    logprobs = torch.zeros(len(batch.rows), device=parallel.device)
+    logprobs[torch.from_numpy(share.row_index).to(parallel.device)] = reports[0]["logprobs"]
+    flat = sum_over(parallel.cp_group, logprobs).cpu().numpy()
     if not parallel.is_logging_rank:
         return None
-    flat = reports[0]["logprobs"].float().cpu().numpy()
     pieces = np.split(flat, np.cumsum([len(sequence) - 1 for sequence in sequences])[:-1])
     return ParityProbe([sequence.tolist() for sequence in sequences], [piece.tolist() for piece in pieces])
+
+
+def _probe_sequences(run: RunDirectory, capacity: int, alignment: int) -> list[np.ndarray]:
+    """The first held-out prompts of two tokens or more that fit into one pack."""
+    prompts = load_prompt_set(run.prompts("heldout"))
+    sequences: list[np.ndarray] = []
+    used = 0
+    for index in range(min(PROBE_SEQUENCES, len(prompts))):
+        sequence = np.asarray(prompts[index])
+        length = aligned(len(sequence) - 1, alignment)
+        if len(sequence) >= 2 and used + length <= capacity:
+            sequences.append(sequence)
+            used += length
+    return sequences
+
+
+def _probe_batches(sequences: list[np.ndarray], capacity: int, parallel: Parallel) -> list[PackedBatch]:
+    """One pack that predicts every token but the first, and the empty ones an interleaved pipeline needs behind it."""
+    samples = [
+        TrainingSample(
+            prompt_ids=sequence[:1],
+            response_ids=sequence[1:],
+            behaviour_logprobs=np.zeros(len(sequence) - 1, np.float32),
+            topk_ids=np.zeros((len(sequence) - 1, 0), np.int32),
+            topk_logprobs=np.zeros((len(sequence) - 1, 0), np.float32),
+            tail_mass=np.ones(len(sequence) - 1, np.float32),
+        )
+        for sequence in sequences
+    ]
+    pack = collate(samples, capacity, 0, parallel.sequence_alignment)
+    empty = collate([], capacity, 0, parallel.sequence_alignment)
+    fill = context_parallel_share(empty, parallel.cp_rank, parallel.cp_size)
+    return [pack, *[fill] * (micro_batch_multiple(parallel) - 1)]

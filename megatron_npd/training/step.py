@@ -1,6 +1,8 @@
 """Forward and loss of one packed batch, in the shape Megatron's schedules ask for.
 
-Legend: T positions of a pack, N positions that predict a response token, V columns of this rank's logits.
+Batches are this rank's context-parallel share of a pack (`data.context_parallel`), which is all of it without.
+
+Legend: N positions of this rank that predict a response token, H hidden size, V columns of this rank's logits.
 """
 
 from __future__ import annotations
@@ -13,11 +15,11 @@ import numpy as np
 import torch
 
 from megatron_npd.config import TrainingConfig
-from megatron_npd.data.packing import PackedBatch
+from megatron_npd.data.batch import PackedBatch
 from megatron_npd.hf_config import ModelDims
-from megatron_npd.kernels import ce_topk_kl, token_logprobs
-from megatron_npd.mcore.model import forward_packed, valid_vocab_columns
-from megatron_npd.mcore.optimizer import sum_over_data_parallel
+from megatron_npd.kernels import linear_ce_topk_kl, token_logprobs
+from megatron_npd.mcore.model import forward_packed, head_weight, projected, valid_vocab_columns
+from megatron_npd.mcore.optimizer import sum_over
 from megatron_npd.parallel import Parallel
 
 
@@ -39,17 +41,17 @@ def forward_step(
 ) -> Callable[[Iterator[PackedBatch], torch.nn.Module], tuple[torch.Tensor, Callable[..., Any]]]:
     """Megatron's forward-step function for (1 - λ)·CE + λ·KD on packed batches.
 
-    Its loss function returns the sum over this pack's response tokens and their number; Megatron divides the gradients
-    once by the number over the whole global batch.
+    Its loss function returns the sum over this share's response tokens and their number; Megatron divides the gradients
+    once by the number over the whole global batch: all micro-batches, data- and context-parallel ranks.
     """
     valid = valid_vocab_columns(dims.vocab_size, parallel)
 
     def step(batches: Iterator[PackedBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
         batch = next(batches)
-        output = forward_packed(model, *_tensors(parallel.device, batch.tokens, batch.cu_seqlens, batch.rows))
+        output = forward_packed(model, *_tensors(parallel.device, batch.tokens, batch.cu_seqlens, batch.rows), parallel)
 
-        def loss(logits_NV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-            targets_N, ids_NK, logprobs_NK, tail_N, behaviour_N = _tensors(
+        def loss(hidden_NH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+            *annotation, behaviour_N = _tensors(
                 parallel.device,
                 batch.targets,
                 batch.topk_ids,
@@ -57,47 +59,54 @@ def forward_step(
                 batch.tail_mass,
                 batch.behaviour_logprobs,
             )
-            losses = ce_topk_kl(
-                logits_NV,
-                targets_N,
-                ids_NK,
-                logprobs_NK,
-                tail_N,
+            losses = linear_ce_topk_kl(
+                hidden_NH,
+                head_weight(model),
+                *annotation,
                 kd_lambda=config.kd_lambda,
                 tail=config.tail,
+                temperature=config.kd_temperature,
                 parallel=parallel,
                 valid=valid,
+                chunk_tokens=config.logits_chunk_tokens,
             )
             log_ratio_N = -losses.ce - behaviour_N
             ratio_N = log_ratio_N.exp()
             tokens = torch.tensor(len(batch.rows), device=parallel.device)
             sums = (losses.loss, losses.ce, losses.kd, torch.ones_like(losses.ce), ratio_N * log_ratio_N - ratio_N + 1)
-            report = torch.stack([value.detach().double().sum() for value in sums])
-            return losses.loss.sum(), tokens, {"sums": report}
+            report = torch.stack([value.double().sum() for value in sums])
+            return losses.total, tokens, {"sums": report}
 
         return output, loss
 
     return step
 
 
-def collect_sums(reports: list[dict[str, torch.Tensor]]) -> StepSums:
-    """Sums over micro-batches and data-parallel ranks; call on every rank of the last pipeline stage."""
+def collect_sums(reports: list[dict[str, torch.Tensor]], parallel: Parallel) -> StepSums:
+    """Sums over micro-batches, data- and context-parallel ranks; call on every rank of the last pipeline stage."""
     total = torch.stack([report["sums"] for report in reports]).sum(0)
-    return StepSums(*sum_over_data_parallel(total).tolist())
+    return StepSums(*sum_over(parallel.dp_cp_group, total).tolist())
 
 
 def logprob_step(
-    dims: ModelDims, parallel: Parallel
-) -> Callable[[Iterator[Any], torch.nn.Module], tuple[torch.Tensor, Callable[..., Any]]]:
-    """Forward-only step over (tokens, cu_seqlens, rows, targets): reports log p(target), float32 [N]."""
+    dims: ModelDims, parallel: Parallel, chunk_tokens: int
+) -> Callable[[Iterator[PackedBatch], torch.nn.Module], tuple[torch.Tensor, Callable[..., Any]]]:
+    """Forward-only step: reports log p(target) of this rank's rows, float32 [N]."""
     valid = valid_vocab_columns(dims.vocab_size, parallel)
 
-    def step(batches: Iterator[Any], model: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
-        tokens, cu_seqlens, rows, targets = _tensors(parallel.device, *next(batches))
-        output = forward_packed(model, tokens, cu_seqlens, rows)
+    def step(batches: Iterator[PackedBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
+        batch = next(batches)
+        tokens, cu_seqlens, rows, targets = _tensors(
+            parallel.device, batch.tokens, batch.cu_seqlens, batch.rows, batch.targets
+        )
+        output = forward_packed(model, tokens, cu_seqlens, rows, parallel)
 
-        def report(logits_NV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-            logprobs_N = token_logprobs(logits_NV, targets, parallel, valid)
+        def report(hidden_NH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+            logprobs = [
+                token_logprobs(logits_CV, targets[chunk], parallel, valid)
+                for chunk, logits_CV in projected(model, hidden_NH, chunk_tokens)
+            ]
+            logprobs_N = torch.cat([torch.zeros(0, device=parallel.device), *logprobs])
             return logprobs_N.sum(), torch.tensor(len(rows)), {"logprobs": logprobs_N}
 
         return output, report

@@ -7,29 +7,28 @@ import math
 import time
 from pathlib import Path
 
-import torch
-
 from megatron_npd.buffer.plan import Plan, Stage, make_plan
 from megatron_npd.buffer.versions import published_versions
 from megatron_npd.buffer.waiting import turn, turn_lock
 from megatron_npd.config import Config
-from megatron_npd.data.packing import collate
+from megatron_npd.data.batch import PackedBatch, aligned, collate
+from megatron_npd.data.context_parallel import context_parallel_share
+from megatron_npd.data.cost import cost_model
 from megatron_npd.data.prompts import load_prompt_set
 from megatron_npd.errors import UserError
-from megatron_npd.hf_config import read_model_dims
-from megatron_npd.mcore.attention import choose_backend
-from megatron_npd.mcore.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from megatron_npd.mcore.model import build_gpt, named_parameters
-from megatron_npd.mcore.optimizer import make_trainable, train_step, unwrap
-from megatron_npd.mcore.parallel import barrier, broadcast_object, initialize, shutdown
+from megatron_npd.mcore.checkpoint import Checkpointer, latest_checkpoint, load_checkpoint, read_run_state
+from megatron_npd.mcore.optimizer import micro_batch_multiple, train_step
+from megatron_npd.mcore.parallel import barrier, broadcast_object, shutdown
 from megatron_npd.observe.metrics import Metrics
 from megatron_npd.run_directory import WARMUP_STAGE, RunDirectory
 from megatron_npd.schema import TEACHER_VERSION
+from megatron_npd.training.progress import Progress
 from megatron_npd.training.publishing import publish, write_student
-from megatron_npd.training.samples import StageSamples, read_stage, wait_for_stage
-from megatron_npd.training.schedule import Step, learning_rate, plan_steps, share_of_rank
+from megatron_npd.training.samples import StageIndex, open_stage, wait_for_stage
+from megatron_npd.training.schedule import Step, deal, imbalance, learning_rate, plan_steps
 from megatron_npd.training.step import collect_sums, forward_step
-from megatron_npd.weights.load import load_hugging_face
+from megatron_npd.training.step_metrics import StepReport
+from megatron_npd.training.student import make_student
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +39,7 @@ def run(config: Config) -> None:
         trainer = Trainer(config)
         trainer.publish(0)
         for stage in trainer.plan.training_stages:
-            if stage.name not in trainer.finished:
+            if stage.name not in trainer.progress.finished:
                 trainer.train_stage(stage)
         trainer.finish()
     finally:
@@ -54,41 +53,41 @@ class Trainer:
         started = time.monotonic()
         self.config = config
         self.run = RunDirectory(Path(config.run_directory))
-        layout = config.training
-        torch.set_num_threads(layout.threads)
-        self.parallel = initialize(layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size, config.seed)
-        self.dims = read_model_dims(config.models.student)
+        self.student = make_student(config)
+        self.parallel = self.student.parallel
         self.plan = self._plan()
-        dtype = getattr(torch, config.models.dtype)
-        backend = choose_backend(layout.attention_backend, dtype)
-        model = build_gpt(self.dims, self.parallel, dtype, backend, layout.sequence_parallel)
-        load_hugging_face(named_parameters(model), config.models.student, self.dims, self.parallel)
-        self.trainable = make_trainable(model, layout, self.parallel)
-        self.step = 0
-        self.finished: list[str] = []
+        self.costs = cost_model(self.student.dims)
         self.newest_version = max(published_versions(self.run), default=0)
         self.drifted: set[str] = set()
         """Stages whose near-policy limit was passed, and that were warned of."""
-        self._resume()
+        self.progress = self._resume()
+        training = config.training
+        self.checkpointer = Checkpointer(
+            self.run.checkpoints, self.student.trainable, training.keep_checkpoints, training.asynchronous_checkpoints
+        )
         self.metrics = self._open_metrics()
         self.log(
             "start",
             seconds=time.monotonic() - started,
-            attention_backend=backend,
-            parameters=sum(p.numel() for p in model.parameters()),
+            attention_backend=self.student.options.attention_backend,
+            parameters=sum(p.numel() for model in self.student.trainable.models for p in model.parameters()),
         )
 
     def train_stage(self, stage: Stage) -> None:
-        """All steps of a stage, the publication it owes, and a checkpoint."""
-        samples = self._wait_and_read(stage)
+        """All steps of a stage that are left, the publication it owes, and checkpoints."""
+        samples = self._wait_and_open(stage)
         steps = self._plan_steps(stage, samples)
-        logger.info("%s: %d samples, %d steps", stage.name, len(samples.samples), len(steps))
+        done = self.progress.enter(stage.name)
+        logger.info("%s: %d samples, %d of %d steps left", stage.name, len(samples), len(steps) - done, len(steps))
         publish_at = self._publishing_step(stage, len(steps))
-        for number, step in enumerate(steps, start=1):
+        for number, step in enumerate(steps[done:], start=done + 1):
             drift = self._optimizer_step(stage, samples, step)
             if number == publish_at or self._refresh_is_due(stage, drift):
                 self.publish(stage.version + 1 if stage.version != TEACHER_VERSION else 1)
-        self.finished.append(stage.name)
+            if number < len(steps):
+                self._checkpoint_if_due()
+        samples.close()
+        self.progress.leave()
         self._checkpoint()
 
     def publish(self, version: int) -> None:
@@ -100,12 +99,14 @@ class Trainer:
         barrier()
         with turn(self._turn_lock()):
             started = time.monotonic()
-            size = publish(self.run, self.config, version, unwrap(self.trainable), self.dims, self.parallel)
+            student = self.student
+            size = publish(self.run, self.config, version, student.trainable.models, student.dims, self.parallel)
         self.log("publish", version=version, bytes=size, seconds=time.monotonic() - started)
         logger.info("published version %d (%.0f MB)", version, size / 1e6)
 
     def finish(self) -> None:
         """Leave the finished student as an ordinary Hugging Face checkpoint."""
+        self.checkpointer.wait()
         if self.parallel.rank == 0:
             write_student(self.run, self.plan.final_version)
             logger.info("the student is in %s", self.run.student)
@@ -116,54 +117,56 @@ class Trainer:
         if self.metrics:
             self.metrics.log(event, step, **values)
 
-    def _optimizer_step(self, stage: Stage, samples: StageSamples, step: Step) -> float | None:
+    def _optimizer_step(self, stage: Stage, samples: StageIndex, step: Step) -> float | None:
         """One optimizer step; the near-policy KL on every rank (None in the warm-up: another model's samples)."""
-        training, parallel = self.config.training, self.parallel
+        training, parallel, student = self.config.training, self.parallel, self.student
         rate = self._learning_rate(stage, step)
-        batches = [
-            collate([samples.samples[i] for i in items], training.sequence_length, self.config.annotator.top_k)
-            for items in share_of_rank(step.packs, parallel.dp_rank, parallel.dp_size)
-        ]
+        attention = [self._attention_cost(samples, items) for items in step.packs]
+        shares = deal(step.packs, attention, parallel.dp_size, micro_batch_multiple(parallel))
+        batches = [self._micro_batch(samples, items) for items in shares[parallel.dp_rank]]
         with turn(self._turn_lock()):
             started = time.monotonic()
-            reports, gradient_norm = train_step(
-                self.trainable, batches, forward_step(training, self.dims, parallel), training.sequence_length, rate
-            )
+            loss_step = forward_step(training, student.dims, parallel)
+            reports, norm = train_step(student.trainable, batches, loss_step, training.sequence_length, rate)
             seconds = time.monotonic() - started
-        self.step += 1
-        sums = collect_sums(reports) if parallel.is_last_stage else None
-        sums = broadcast_object(sums, source=self._logging_rank())
+        self.progress.step_done()
+        sums = collect_sums(reports, parallel) if parallel.is_last_stage else None
+        sums = broadcast_object(sums, source=parallel.logging_rank)
         if not math.isfinite(sums.loss):
-            raise FloatingPointError(f"step {self.step}: the loss is {sums.loss}")
-        on_policy = stage.version != TEACHER_VERSION
-        drift = sums.drift / sums.tokens if on_policy else None
-        positions = len(step.packs) * training.sequence_length
-        used = sum(samples.positions(items) for items in step.packs)
-        self.log(
-            "step",
-            self.step,
-            stage=stage.name,
-            epoch=step.epoch,
-            seconds=seconds,
-            **{
-                "train/loss": sums.loss / sums.tokens,
-                "train/ce": sums.ce / sums.tokens,
-                "train/kd": sums.kd / sums.tokens,
-                "train/grad_norm": gradient_norm,
-                "train/lr": rate,
-                "train/response_tokens": int(sums.tokens),
-                "perf/tokens": positions,
-                "perf/seconds": seconds,
-                "perf/tokens_per_second": positions / seconds,
-                "buffer/packing_efficiency": used / positions,
-                "near_policy/kl": drift,
-                "near_policy/lag": self.newest_version - stage.version if on_policy else None,
-            },
+            raise FloatingPointError(f"step {self.progress.step}: the loss is {sums.loss}")
+        report = StepReport(
+            sums,
+            norm,
+            rate,
+            seconds,
+            positions=sum(map(len, shares)) * training.sequence_length,
+            used_positions=sum(samples.positions(items) for items in step.packs),
+            imbalance=imbalance([self._rank_cost(samples, share) for share in shares]),
+            flops=sum(self._flops(samples, items) for items in step.packs) + self.costs.head * sums.tokens,
+            policy_lag=None if stage.version == TEACHER_VERSION else self.newest_version - stage.version,
         )
-        logger.info(
-            "%s step %d: loss %.4f, grad norm %.2f", stage.name, self.step, sums.loss / sums.tokens, gradient_norm
-        )
-        return drift
+        self.log("step", self.progress.step, stage=stage.name, epoch=step.epoch, seconds=seconds, **report.metrics())
+        loss = sums.loss / sums.tokens
+        logger.info("%s step %d: loss %.4f, grad norm %.2f", stage.name, self.progress.step, loss, norm)
+        return report.drift
+
+    def _micro_batch(self, samples: StageIndex, items: list[int]) -> PackedBatch:
+        """This rank's share of one pack: only the samples in it are read."""
+        capacity, top_k = self.config.training.sequence_length, self.config.annotator.top_k
+        batch = collate(samples.read(items), capacity, top_k, self.parallel.sequence_alignment)
+        return context_parallel_share(batch, self.parallel.cp_rank, self.parallel.cp_size)
+
+    def _attention_cost(self, samples: StageIndex, items: list[int]) -> float:
+        """What one pack costs more than an empty one: every pack has the same number of positions."""
+        lengths = aligned(samples.lengths[items], self.parallel.sequence_alignment).astype(float)
+        return float(self.costs.attention * (lengths**2).sum())
+
+    def _rank_cost(self, samples: StageIndex, share: list[list[int]]) -> float:
+        linear = self.costs.linear * self.config.training.sequence_length
+        return sum(linear + self._attention_cost(samples, items) for items in share)
+
+    def _flops(self, samples: StageIndex, items: list[int]) -> float:
+        return float(self.costs.of(samples.lengths[items]).sum())
 
     def _learning_rate(self, stage: Stage, step: Step) -> float:
         training, warmup = self.config.training, self.config.warmup
@@ -190,13 +193,14 @@ class Trainer:
         early = self.config.near_policy.action == "refresh"
         return early and stage.version + 1 < self.plan.final_version
 
-    def _wait_and_read(self, stage: Stage) -> StageSamples:
+    def _wait_and_open(self, stage: Stage) -> StageIndex:
+        self.checkpointer.wait()  # the stage may be hours away: what is done must be safe before
         if self.parallel.rank == 0:
             wait_for_stage(self.run, self.config, stage)
         barrier()
-        return read_stage(self.run, self.config, stage, self.newest_version)
+        return open_stage(self.run, self.config, stage, self.newest_version)
 
-    def _plan_steps(self, stage: Stage, samples: StageSamples) -> list[Step]:
+    def _plan_steps(self, stage: Stage, samples: StageIndex) -> list[Step]:
         warmup = stage.name == WARMUP_STAGE
         return plan_steps(
             self.config.seed,
@@ -206,32 +210,39 @@ class Trainer:
             epochs=self.config.warmup.epochs if warmup else self.config.rounds.epochs_per_round,
             capacity=self.config.training.sequence_length,
             global_batch_size=self.config.training.global_batch_size,
+            alignment=self.parallel.sequence_alignment,
+            cost=self.costs,
         )
 
     def _plan(self) -> Plan:
         sizes = (len(load_prompt_set(self.run.prompts(split))) for split in ("train", "heldout"))
         return make_plan(self.config, *sizes)
 
-    def _resume(self) -> None:
+    def _resume(self) -> Progress:
         checkpoint = latest_checkpoint(self.run.checkpoints)
         if checkpoint is None:
-            return
-        state = load_checkpoint(checkpoint, self.trainable)
+            return Progress()
+        state = read_run_state(checkpoint)
         if state["digest"] != self.config.digest:
             raise UserError(f"{checkpoint}: belongs to another configuration; use another run_directory")
-        self.step, self.finished = state["step"], state["finished_stages"]
-        logger.info("resumed from %s at step %d, done: %s", checkpoint, self.step, ", ".join(self.finished))
+        load_checkpoint(checkpoint, self.student.trainable)
+        progress = Progress.from_state(state["progress"])
+        logger.info("resumed from %s: %s", checkpoint, progress)
+        return progress
+
+    def _checkpoint_if_due(self) -> None:
+        interval = self.config.training.checkpoint_interval
+        if interval and self.progress.step % interval == 0:
+            self._checkpoint()
+        else:
+            self.checkpointer.poll()
 
     def _checkpoint(self) -> None:
-        state = {"step": self.step, "finished_stages": self.finished, "digest": self.config.digest}
+        state = {"digest": self.config.digest, "progress": self.progress.to_state()}
         with turn(self._turn_lock()):
             started = time.monotonic()
-            save_checkpoint(self.run.checkpoints, self.step, self.trainable, state)
+            self.checkpointer.save(self.progress.step, state)
         self.log("checkpoint", seconds=time.monotonic() - started)
-
-    def _logging_rank(self) -> int:
-        """Global rank of the logging rank in Megatron's rank order (tp fastest, then dp, then pp)."""
-        return (self.parallel.pp_size - 1) * self.parallel.tp_size * self.parallel.dp_size
 
     def _turn_lock(self) -> Path | None:
         """Rank 0 takes the turn for all ranks: the others cannot compute without it."""
