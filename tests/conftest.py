@@ -16,6 +16,7 @@ from megatron_npd.config import Config, load_config
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: a second thread costs more than it does
 # How long an example takes says nothing on a machine that others use too.
 settings.register_profile("npd", deadline=None)
 settings.load_profile("npd")

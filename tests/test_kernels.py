@@ -1,4 +1,4 @@
-"""Operators on vocabulary-parallel logits against dense float64 references.
+"""Operators on vocabulary-parallel logits against dense float64 references, fused and in plain torch.
 
 Tensor parallelism is real: each rank is a thread with its own slice of the vocabulary and its own gloo group.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from types import ModuleType
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_npd import kernels
-from megatron_npd.kernels import ce_topk_kl, forward_kl, token_logprobs, top_token, topk_logprobs
+from megatron_npd.kernels import ce_topk_kl, forward_kl, native, token_logprobs, top_token, topk_logprobs
 from megatron_npd.parallel import SINGLE, Parallel
 
 TAILS = ("none", "bucket", "renormalize")
@@ -27,6 +27,22 @@ LAYOUTS = [(1, 3), (2, 1), (4, 3)]
 """(tensor-parallel size, padding columns at the end of the vocabulary)"""
 FIRST_IDS = (0, 16, 31, 32, 48)
 """Column 0 of every shard in these layouts: the column that another rank's ids must not alias to."""
+
+
+def use_implementation(name: str) -> Iterator[None]:
+    """The body of a fixture: what is behind the public functions while a test runs, "fused" or "reference"."""
+    if name == "fused":
+        if not native.run_on("cpu"):
+            pytest.skip("the fused operators are not built, or disabled")
+        yield
+    else:
+        with native.disabled():
+            yield
+
+
+@pytest.fixture(autouse=True, params=["fused", "reference"])
+def implementation(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield from use_implementation(request.param)
 
 
 class Problem:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from test_kernels import LAYOUTS, TAILS, TOKENS, VOCAB, Problem, on_ranks, relative_error, shard_of
+from test_kernels import LAYOUTS, TAILS, TOKENS, VOCAB, Problem, on_ranks, relative_error, shard_of, use_implementation
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_npd.kernels import LinearLosses, ce_topk_kl, linear_ce_topk_kl
@@ -15,6 +16,15 @@ from megatron_npd.parallel import SINGLE, Parallel
 
 HIDDEN = 16
 KD_LAMBDA = 0.9
+
+
+@pytest.fixture(params=["fused", "reference"])
+def implementation(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield from use_implementation(request.param)
+
+
+both = pytest.mark.usefixtures("implementation")
+"""A test of numbers or memory runs with the fused operators and with the reference."""
 
 
 class HeadProblem(Problem):
@@ -70,6 +80,7 @@ class HeadProblem(Problem):
         return loss[0], torch.stack(d_hidden).double().sum(0), torch.cat(d_weight)
 
 
+@both
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize("chunk_tokens", [1, 7, 4096])
 @pytest.mark.parametrize(("tp", "padding"), LAYOUTS)
@@ -82,6 +93,7 @@ def test_float32_equals_the_definition(tail: str, chunk_tokens: int, tp: int, pa
     assert relative_error(our_d_weight, d_weight) < 1e-5
 
 
+@both
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
 def test_temperature(temperature: float) -> None:
     problem = HeadProblem(temperature=temperature)
@@ -92,6 +104,7 @@ def test_temperature(temperature: float) -> None:
     assert relative_error(our_d_weight, d_weight) < 1e-5
 
 
+@both
 @pytest.mark.parametrize("chunk_tokens", [1, 7, 4096])
 @pytest.mark.parametrize(("tp", "padding"), LAYOUTS)
 def test_bfloat16_errs_no_more_than_torch(chunk_tokens: int, tp: int, padding: int) -> None:
@@ -128,6 +141,7 @@ def test_backward_twice_adds_up() -> None:
     torch.testing.assert_close(weight.grad, 3 * once[1])
 
 
+@both
 def test_it_is_the_loss_of_its_logits() -> None:
     problem = HeadProblem(torch.bfloat16)
     linear = problem.losses(problem.hidden, problem.weight, chunk_tokens=7)
@@ -138,6 +152,7 @@ def test_it_is_the_loss_of_its_logits() -> None:
         torch.testing.assert_close(getattr(linear, name), getattr(direct, name))
 
 
+@both
 @pytest.mark.parametrize(("tp", "padding"), LAYOUTS)
 def test_no_tokens_give_zero_gradients(tp: int, padding: int) -> None:
     loss, d_hidden, d_weight = HeadProblem(torch.bfloat16, tokens=0).linear(tp, padding)
@@ -192,6 +207,7 @@ class Recorder(TorchDispatchMode):
         return result
 
 
+@both
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_logits_exist_once_and_only_for_a_chunk(temperature: float, dtype: torch.dtype) -> None:
@@ -212,6 +228,7 @@ def test_logits_exist_once_and_only_for_a_chunk(temperature: float, dtype: torch
     assert [of for of in allocated if of[0] > CHUNK * VOCAB] == [(chunk * VOCAB, dtype)]
 
 
+@both
 @pytest.mark.parametrize(("temperature", "floats"), [(1.0, 4), (2.0, 5)])
 def test_one_gather_of_a_few_floats_a_token_for_each_chunk(temperature: float, floats: int) -> None:
     sent: list[torch.Size] = []

