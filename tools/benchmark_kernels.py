@@ -107,6 +107,10 @@ def candidates(problem: Problem, compiled: bool) -> dict[str, Candidates]:
         return run
 
     def torch_score() -> torch.Tensor:
+        return logits.float().log_softmax(-1).gather(1, targets[:, None])
+
+    def rounded_score() -> torch.Tensor:
+        """Wrong in the third digit, as its result has the logits' dtype; but it is what some do."""
         return logits.log_softmax(-1).gather(1, targets[:, None])
 
     def torch_topk() -> tuple[torch.Tensor, torch.Tensor]:
@@ -119,7 +123,12 @@ def candidates(problem: Problem, compiled: bool) -> dict[str, Candidates]:
         return topk_logprobs(logits, K, SINGLE, valid)
 
     operators: dict[str, Candidates] = {
-        "score": {"torch": torch_score, "reference": without_kernels(score), "fused": score},
+        "score": {
+            "torch": torch_score,
+            "torch, rounded to 16 bit": rounded_score,
+            "reference": without_kernels(score),
+            "fused": score,
+        },
         "topk": {"torch": torch_topk, "reference": without_kernels(topk), "fused": topk},
         "loss": {"torch": problem.torch_loss, "reference": without_kernels(problem.loss), "fused": problem.loss},
     }
