@@ -8,38 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from megatron_npd.errors import UserError
+from megatron_npd.families import FAMILIES
+from megatron_npd.families.family import AttentionBias, Family
 
 
 @dataclass(frozen=True)
-class Family:
-    """What an architecture fixes, and what it takes where config.json says nothing (transformers' own defaults)."""
+class RopeScaling:
+    """Rotary frequencies other than rope_theta alone gives: what transformers calls `linear` and `llama3`."""
 
-    name: str
-    """Key of the family's name map in `weights.name_map`."""
-    qkv_bias: bool = False
-    """See `ModelDims`."""
-    qk_norm: bool = False
-    """See `ModelDims`."""
-    num_kv_heads: int | None = None
-    """num_key_value_heads where the key is absent; None: as many as query heads (as where it is null)."""
-    head_dim: int | None = None
-    """head_dim where config.json has none; None: hidden size / query heads."""
-    must_be_false: tuple[str, ...] = ()
-    """Switches of config.json that would change the arithmetic, and are not supported."""
-
-
-FAMILIES = {
-    "LlamaForCausalLM": Family("llama", must_be_false=("attention_bias", "mlp_bias")),
-    "Qwen2ForCausalLM": Family("qwen2", qkv_bias=True, num_kv_heads=32, must_be_false=("use_sliding_window",)),
-    "Qwen3ForCausalLM": Family(
-        "qwen3",
-        qk_norm=True,
-        num_kv_heads=32,
-        head_dim=128,
-        must_be_false=("attention_bias", "use_sliding_window"),
-    ),
-}
-"""Architecture named by a checkpoint's config.json -> its family. Qwen2 covers Qwen2.5."""
+    rope_type: str
+    factor: float
+    """linear: every frequency is divided by it; llama3: those of wavelengths past the original positions are."""
+    low_freq_factor: float = 1.0
+    """llama3: wavelengths longer than original_max_positions / this are scaled in full."""
+    high_freq_factor: float = 1.0
+    """llama3: wavelengths shorter than original_max_positions / this are not scaled."""
+    original_max_positions: int = 0
+    """llama3: positions the model was pretrained with."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +43,11 @@ class ModelDims:
     rope_theta: float
     max_positions: int
     tied_embeddings: bool
+    rope_scaling: RopeScaling | None = None
     qkv_bias: bool = False
-    """The q, k and v projections have biases; the output projection and the MLP have none."""
+    """The q, k and v projections have biases. The MLP never has."""
+    output_bias: bool = False
+    """The attention's output projection has one as well."""
     qk_norm: bool = False
     """RMSNorm with `rms_norm_eps` over the head_dim of each query and key head, before rotary embedding. Its two
     weights [head_dim] are shared by all heads of a layer."""
@@ -80,13 +68,17 @@ def read_model_dims(folder: str | Path) -> ModelDims:
     Raises:
         UserError: no readable config.json, a family without a name map, or a feature no role supports.
     """
-    raw = _read_json(Path(folder) / "config.json")
-    where = f"{folder}/config.json"
+    return model_dims(_read_json(Path(folder) / "config.json"), f"{folder}/config.json")
+
+
+def model_dims(raw: dict[str, Any], where: str) -> ModelDims:
+    """`read_model_dims` of the content of a config.json; `where` names it in messages."""
     family = _family(raw, where)
     raw = {key: value for key, value in raw.items() if value is not None or key == "num_key_value_heads"}
     _check_supported(raw, family, where)
     try:
         heads = raw["num_attention_heads"]
+        qkv_bias, output_bias = _attention_biases(raw, family.bias)
         dims = ModelDims(
             family=family.name,
             vocab_size=raw["vocab_size"],
@@ -96,11 +88,13 @@ def read_model_dims(folder: str | Path) -> ModelDims:
             num_heads=heads,
             num_kv_heads=raw.get("num_key_value_heads", family.num_kv_heads) or heads,
             head_dim=raw.get("head_dim") or family.head_dim or raw["hidden_size"] // heads,
-            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-            rope_theta=float(_rope(raw).get("rope_theta") or raw.get("rope_theta") or 10000.0),
+            rms_norm_eps=float(raw.get("rms_norm_eps", family.rms_norm_eps)),
+            rope_theta=float(_rope(raw).get("rope_theta") or raw.get("rope_theta") or family.rope_theta),
             max_positions=raw["max_position_embeddings"],
             tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            qkv_bias=family.qkv_bias,
+            rope_scaling=_rope_scaling(raw, where),
+            qkv_bias=qkv_bias,
+            output_bias=output_bias,
             qk_norm=family.qk_norm,
         )
     except KeyError as error:
@@ -111,6 +105,13 @@ def read_model_dims(folder: str | Path) -> ModelDims:
             f"{dims.num_kv_heads}"
         )
     return dims
+
+
+def find_family(folder: str | Path) -> Family | None:
+    """The family of the checkpoint in `folder`; None without a config.json or with an architecture we do not know."""
+    path = Path(folder) / "config.json"
+    architectures = (_read_json(path).get("architectures") if path.is_file() else None) or ["none"]
+    return FAMILIES.get(architectures[0])
 
 
 def eos_token_ids(folder: str | Path) -> list[int]:
@@ -138,14 +139,60 @@ def _rope(raw: dict[str, Any]) -> dict[str, Any]:
     return raw.get("rope_scaling") or raw.get("rope_parameters") or {}
 
 
+ROPE_TYPES = ("default", "linear", "llama3")
+
+
+def _rope_type(rope: dict[str, Any]) -> str:
+    return rope.get("rope_type", rope.get("type", "default"))
+
+
+def _rope_scaling(raw: dict[str, Any], where: str) -> RopeScaling | None:
+    """How the rotary frequencies are scaled; None: not at all.
+
+    Raises:
+        UserError: a number is missing, not positive, or llama3's two bounds are in the wrong order.
+    """
+    rope = _rope(raw)
+    rope_type = _rope_type(rope)
+    if rope_type == "default":
+        return None
+    try:
+        if rope_type == "linear":
+            scaling = RopeScaling(rope_type, float(rope["factor"]))
+        else:
+            scaling = RopeScaling(
+                rope_type,
+                float(rope["factor"]),
+                float(rope["low_freq_factor"]),
+                float(rope["high_freq_factor"]),
+                int(rope.get("original_max_position_embeddings") or raw["max_position_embeddings"]),
+            )
+    except KeyError as error:
+        raise UserError(f"{where}: rope_type {rope_type!r} needs the key {error.args[0]}, which is missing") from None
+    if scaling.factor <= 0:
+        raise UserError(f"{where}: factor = {scaling.factor} of rope_type {rope_type!r}; must be positive")
+    if rope_type == "llama3" and not 0 < scaling.low_freq_factor < scaling.high_freq_factor:
+        raise UserError(
+            f"{where}: low_freq_factor = {scaling.low_freq_factor} of rope_type 'llama3'; must be positive and below "
+            f"high_freq_factor = {scaling.high_freq_factor}"
+        )
+    return scaling
+
+
+def _attention_biases(raw: dict[str, Any], bias: AttentionBias | None) -> tuple[bool, bool]:
+    """Whether the q, k, v projections and whether the output projection have biases."""
+    there = bias is not None and (bias.key is None or bool(raw.get(bias.key, bias.default)))
+    return there, there and bias.output
+
+
 def _check_supported(raw: dict[str, Any], family: Family, where: str) -> None:
     """Refuse whatever would make the model compute something other than `ModelDims` says."""
     rope = _rope(raw)
     if any(isinstance(value, dict) for value in rope.values()):
         raise UserError(f"{where}: rope_parameters by layer type are not supported; must be the same for every layer")
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type != "default":
-        raise UserError(f"{where}: rope_type {rope_type!r} is not supported yet; must be 'default'")
+    rope_type = _rope_type(rope)
+    if rope_type not in ROPE_TYPES:
+        raise UserError(f"{where}: rope_type {rope_type!r} is not supported; must be one of {', '.join(ROPE_TYPES)}")
     rotated = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
     if rotated != 1.0:
         raise UserError(f"{where}: partial_rotary_factor = {rotated} is not supported; must be 1.0")

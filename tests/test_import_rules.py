@@ -16,10 +16,10 @@ PACKAGE = "megatron_npd"
 ROOT = Path(__file__).resolve().parent.parent / PACKAGE
 
 LEVELS = [
-    ("config", "schema", "errors", "parallel", "hf_config", "run_directory", "parent_death", "__init__"),
+    ("config", "schema", "errors", "parallel", "hf_config", "families", "run_directory", "parent_death", "__init__"),
     ("data", "buffer", "selection", "observe"),
     ("kernels", "mcore", "rollout", "weights"),
-    ("teacher", "training"),
+    ("teacher", "training", "conversion"),
     ("launch",),
     ("cli",),
 ]

@@ -14,7 +14,7 @@ import pytest
 from independent_step import Recipe, train
 from megatron_runs import Outcome, train_all
 from safetensors.torch import load_file
-from tiny_models import FAMILIES, VOCAB_SIZE, make_model
+from tiny_models import FAMILIES, VOCAB_SIZE, for_transformers, make_model
 
 HERE = Path(__file__).parent
 CASES = {f"{family}_{'tied' if tied else 'untied'}": (family, tied) for family in FAMILIES for tied in (True, False)}
@@ -51,7 +51,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Two key-value heads, each with two query heads."""
     root = tmp_path_factory.mktemp("models")
     return {
-        case: make_model(family, root / case, 3, tied=tied, num_attention_heads=4, num_key_value_heads=2)
+        case: make_model(family, root / case, 3, tied=tied, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
         for case, (family, tied) in CASES.items()
     }
 
@@ -74,7 +74,7 @@ def test_steps_equal_the_independent_ones(
     from megatron_worker import make_samples  # it imports Megatron: not for the fast test above
 
     original = load_file(checkpoints[case] / "model.safetensors")
-    steps, weights = train(checkpoints[case], make_samples(VOCAB_SIZE), RECIPE, STEPS)
+    steps, weights = train(for_transformers(checkpoints[case]), make_samples(VOCAB_SIZE), RECIPE, STEPS)
     outcome = outcomes[case]
     for ours, reference in zip(outcome.history, steps, strict=True):
         assert ours["loss"] == pytest.approx(reference.loss, rel=LOSS)

@@ -12,10 +12,11 @@ from tiny_models import FAMILIES, make_llama, make_model
 from megatron_npd.errors import UserError
 from megatron_npd.hf_config import read_model_dims
 from megatron_npd.parallel import SINGLE
+from megatron_npd.weights.layouts import Replicated
 from megatron_npd.weights.load import load_hugging_face
-from megatron_npd.weights.name_map import Replicated, hugging_face_names, is_tied_copy, rules_for
+from megatron_npd.weights.name_map import hugging_face_names, is_tied_copy, rules_for
 
-AWKWARD = {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3, "vocab_size": 131}
+AWKWARD = {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 16, "vocab_size": 131}
 """Three key-value groups and 131 rows: TP 2 and 4 pad both."""
 
 

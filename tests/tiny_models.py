@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,24 @@ FAMILIES = {
     "llama": (LlamaConfig, LlamaForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    # transformers does not know it; it is Llama with attention_bias, under other names (see `_rename_to_openpangu`).
+    "openpangu": (LlamaConfig, LlamaForCausalLM),
 }
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "openpangu": "PanguEmbeddedForCausalLM",
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+"""A scaling (rope_parameters of `make_llama`) that changes every kind of wavelength of 32 dimensions."""
 
 
 def make_model(
@@ -39,7 +57,7 @@ def make_model(
     dtype: torch.dtype = torch.float32,
     split: bool = False,
     initializer_range: float = 0.15,
-    **overrides: int | float,
+    **overrides: Any,
 ) -> Path:
     """Write a Hugging Face checkpoint of about 60 thousand parameters and return its folder.
 
@@ -47,17 +65,21 @@ def make_model(
     and norm weights not one, so that a forgotten tensor shows. `split` spreads the weights over several files, as
     pipeline stages do; `overrides` are further fields of the family's transformers configuration.
     """
-    fields = {
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 32,
-        "max_position_embeddings": 256,
-        "initializer_range": initializer_range,
-    } | overrides
+    fields = (
+        {
+            "vocab_size": VOCAB_SIZE,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 32,
+            "max_position_embeddings": 256,
+            "initializer_range": initializer_range,
+        }
+        | ({"attention_bias": True} if family == "openpangu" else {})
+        | overrides
+    )
     config_class, model_class = FAMILIES[family]
     config = config_class(**fields, tie_word_embeddings=tied, bos_token_id=1, eos_token_id=EOS, dtype=dtype)
     with torch.random.fork_rng():
@@ -68,6 +90,8 @@ def make_model(
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=EOS)
     total = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     model.save_pretrained(folder, max_shard_size=total // 2 if split else total + 1)
+    if family == "openpangu":
+        _rename_to_openpangu(folder / "config.json")
     return folder
 
 
@@ -78,8 +102,23 @@ def make_llama(folder: Path, seed: int, **options: Any) -> Path:
 
 def hf_logprobs(folder: Path, sequences: list[list[int]]) -> list[list[float]]:
     """Hugging Face's log p(token t | tokens before t) for t >= 1, nats, in the checkpoint's dtype."""
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    model = AutoModelForCausalLM.from_pretrained(for_transformers(folder)).eval()
     return [_logprobs(model, sequence) for sequence in sequences]
+
+
+def for_transformers(folder: Path) -> Path:
+    """A folder of the same weights that transformers can load: openPangu's is the Llama with attention_bias it is."""
+    raw = json.loads((folder / "config.json").read_text())
+    if raw["model_type"] != "PanguEmbedded":
+        return folder
+    twin = folder.with_name(f".{folder.name}_as_llama")
+    twin.mkdir(exist_ok=True)
+    for file in folder.glob("*.safetensors*"):
+        (twin / file.name).unlink(missing_ok=True)
+        (twin / file.name).symlink_to(file)
+    raw |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "attention_bias": raw.pop("bias")}
+    (twin / "config.json").write_text(json.dumps(raw))
+    return twin
 
 
 def publish(folder: Path, version: int, probe_seed: int = 0) -> Path:
@@ -94,6 +133,17 @@ def probe_sequences(seed: int = 0, count: int = 3, length: int = 12) -> list[lis
     """Random token sequences, without the end token."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, VOCAB_SIZE, (count, length), generator=generator).tolist()
+
+
+def _rename_to_openpangu(path: Path) -> None:
+    """Turn a Llama's config.json into what released openPangu-Embedded checkpoints have."""
+    raw = json.loads(path.read_text())
+    rope = raw.pop("rope_parameters")
+    bias = raw.pop("attention_bias")
+    for key in ("head_dim", "mlp_bias", "pretraining_tp"):  # head_dim is hidden size / heads there
+        raw.pop(key, None)
+    raw |= {"architectures": [ARCHITECTURES["openpangu"]], "model_type": "PanguEmbedded", "bias": bias}
+    path.write_text(json.dumps(raw | {"rope_theta": rope["rope_theta"]}))
 
 
 @torch.no_grad()

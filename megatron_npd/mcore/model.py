@@ -35,6 +35,7 @@ from megatron_npd.mcore import acceleration
 from megatron_npd.mcore.acceleration import Acceleration
 from megatron_npd.mcore.attention import attention_module
 from megatron_npd.mcore.packed import packed_sequences
+from megatron_npd.mcore.rotary import inverse_frequencies
 from megatron_npd.parallel import Parallel
 
 logger = logging.getLogger(__name__)
@@ -113,7 +114,7 @@ def build_gpt(dims: ModelDims, parallel: Parallel, dtype: torch.dtype, options: 
         is_last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=virtual_stage)
         model = GPTModel(
             config,
-            _block_spec(config, options, virtual_stage),
+            _block_spec(config, dims, options, virtual_stage),
             vocab_size=padded_vocab_size(dims.vocab_size, parallel.tp_size),
             max_sequence_length=dims.max_positions,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=virtual_stage),
@@ -124,6 +125,8 @@ def build_gpt(dims: ModelDims, parallel: Parallel, dtype: torch.dtype, options: 
             rotary_base=dims.rope_theta,
             vp_stage=virtual_stage,
         )
+        if dims.rope_scaling is not None:
+            model.rotary_pos_emb.inv_freq = inverse_frequencies(dims).to(parallel.device)
         if is_last:
             model.output_layer.__class__ = SelectedRows  # GPTModel builds the layer itself; only its forward differs
         chunks.append(model.to(dtype=dtype, device=parallel.device))
@@ -232,7 +235,7 @@ def _transformer_config(
         # Gradients are sums over tokens, divided once by the global batch's response tokens.
         calculate_per_token_loss=True,
         finalize_model_grads_func=finalize_model_grads,
-        use_cpu_initialization=parallel.device == "cpu",
+        use_cpu_initialization=parallel.device in ("cpu", "meta"),  # meta: a model without memory, see torch_dist
         gradient_accumulation_fusion=options.acceleration.gradient_accumulation_fusion,
         bias_dropout_fusion=False,
         bias_activation_fusion=False,
@@ -244,7 +247,7 @@ def _transformer_config(
 
 
 def _block_spec(
-    config: TransformerConfig, options: ModelOptions, virtual_stage: int | None
+    config: TransformerConfig, dims: ModelDims, options: ModelOptions, virtual_stage: int | None
 ) -> TransformerBlockSubmodules:
     if options.acceleration.transformer_engine:
         layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
@@ -255,7 +258,19 @@ def _block_spec(
         if config.qk_layernorm:
             layer.submodules.self_attention.submodules.q_layernorm = RMSNorm
             layer.submodules.self_attention.submodules.k_layernorm = RMSNorm
-    attention = ModuleSpec(attention_module(options.attention_backend))
-    layer.submodules.self_attention.submodules.core_attention = attention
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = ModuleSpec(attention_module(options.attention_backend))
+    if dims.output_bias:
+        attention.linear_proj = _with_bias(attention.linear_proj)
     layers = get_num_layers_to_build(config, virtual_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)
+
+
+def _with_bias(linear: type) -> type:
+    """A linear layer that always has a bias: Megatron has one switch for this and the MLP."""
+
+    class Biased(linear):
+        def __init__(self, *arguments: Any, **keywords: Any):
+            super().__init__(*arguments, **keywords | {"bias": True})
+
+    return Biased
