@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +34,7 @@ from megatron_npd.parallel import Parallel
 from megatron_npd.training.schedule import deal
 from megatron_npd.training.step import collect_sums, forward_step
 from megatron_npd.weights.load import load_hugging_face
-from megatron_npd.weights.publish import gather_hugging_face
+from megatron_npd.weights.snapshot import gather_hugging_face
 
 CAPACITY, TOP_K = 96, 4
 
@@ -100,6 +101,10 @@ def local_batches(packs: list[list[int]], samples: list[TrainingSample], paralle
     ]
 
 
+def _kill_this_process(*_: Any, **__: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def train(job: dict[str, Any]) -> None:
     """One training run in the layout the job asks for; on a fresh model parallel state of the same processes."""
     config = TrainingConfig(
@@ -136,6 +141,8 @@ def train(job: dict[str, Any]) -> None:
     checkpointer = Checkpointer(out / "checkpoints", trainable)
     if job.get("fault") == "writer_dies":
         checkpoint._write = lambda *_, **__: os._exit(9)
+    if job.get("fault") == "writers_child_is_killed":
+        checkpoint.filesystem_async.FileSystemWriterAsync.write_preloaded_data = _kill_this_process
     if "resume_from" in job:
         load_checkpoint(Path(job["resume_from"]), trainable)
     for step in range(job.get("first_step", 0), job["steps"]):

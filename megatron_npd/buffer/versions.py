@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,6 +21,8 @@ from megatron_npd.run_directory import RunDirectory, read_json, write_json
 MANIFEST = "version.json"
 PARITY = "parity.json"
 _VERSION_NAME = re.compile(r"v(\d{6})")
+_CHUNK_BYTES = 1 << 20
+"""Read, hashed and copied at once, while the processor's cache holds it."""
 
 
 class BadVersionError(ValueError):
@@ -36,6 +41,17 @@ class VersionManifest:
 
 
 @dataclass(frozen=True)
+class WeightFile:
+    """What the writer of a safetensors file says of it, summed over the bytes it handed to the filesystem."""
+
+    size: int
+    """Bytes of the whole file."""
+    sha256: str
+    tensors: dict[str, tuple[str, tuple[int, ...]]]
+    """As in `VersionManifest`."""
+
+
+@dataclass(frozen=True)
 class ParityProbe:
     """Token sequences and the trainer's log p(token t | tokens before t) for t >= 1, nats."""
 
@@ -51,13 +67,34 @@ def published_versions(run: RunDirectory) -> list[int]:
     return sorted(int(name.group(1)) for name in names if name)
 
 
-def write_manifest(folder: Path, version: int) -> None:
-    """Describe the safetensors files of `folder` (and hash every file in it) in its `version.json`."""
+def write_manifest(folder: Path, version: int, known: Mapping[str, WeightFile] | None = None) -> None:
+    """Describe the safetensors files of `folder` (and hash every file in it) in its `version.json`.
+
+    Args:
+        known: what their writers say of safetensors files, by name: those are not read again.
+    """
+    known = known or {}
     tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        tensors.update(read_header(file))
-    files = {file.name: sha256(file) for file in sorted(folder.iterdir()) if file.name != MANIFEST}
+    files: dict[str, str] = {}
+    for file in sorted(file for file in folder.iterdir() if file.name != MANIFEST):
+        if file.suffix == ".safetensors":
+            tensors.update(known[file.name].tensors if file.name in known else read_header(file))
+        files[file.name] = known[file.name].sha256 if file.name in known else sha256(file)
     write_json(folder / MANIFEST, asdict(VersionManifest(version, tensors, files)))
+
+
+def read_manifest(folder: Path) -> VersionManifest:
+    """What a version says it consists of; nothing else is read.
+
+    Raises:
+        BadVersionError: there is no readable manifest.
+    """
+    try:
+        raw = read_json(folder / MANIFEST)
+        listed = {name: (dtype, tuple(shape)) for name, (dtype, shape) in raw["tensors"].items()}
+        return VersionManifest(raw["version"], listed, dict(raw["files"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadVersionError(f"{folder / MANIFEST}: no readable manifest ({error})") from None
 
 
 def verify_version(folder: Path) -> VersionManifest:
@@ -67,24 +104,68 @@ def verify_version(folder: Path) -> VersionManifest:
         BadVersionError: a file is missing, truncated, changed or not listed, or a tensor is not what the manifest says
             or in two files.
     """
-    try:
-        raw = read_json(folder / MANIFEST)
-        listed = {name: (dtype, tuple(shape)) for name, (dtype, shape) in raw["tensors"].items()}
-        manifest = VersionManifest(raw["version"], listed, raw["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadVersionError(f"{folder / MANIFEST}: no readable manifest ({error})") from None
-    for name, digest in manifest.files.items():
-        file = folder / name
-        if not file.is_file():
-            raise BadVersionError(f"{file}: missing, though version {manifest.version} lists it")
-        if sha256(file) != digest:
-            raise BadVersionError(f"{file}: content differs from the checksum of version {manifest.version}")
-    found: dict[str, tuple[str, tuple[int, ...]]] = {}
-    home: dict[str, str] = {}
+    manifest = read_manifest(folder)
+    check_content(folder, manifest, copies={})
+    return manifest
+
+
+def check_content(folder: Path, manifest: VersionManifest, copies: Mapping[str, int]) -> None:
+    """Read every file of a version once, several at a time, and check it against the manifest.
+
+    Args:
+        copies: file name -> descriptor that the content is written to as it is read. What was written is what was
+            checked, whatever happens to the file from then on.
+
+    Raises:
+        BadVersionError: see `verify_version`.
+        MemoryError: a copy does not fit.
+    """
     for file in sorted(folder.glob("*.safetensors")):
         if file.name not in manifest.files:
             raise BadVersionError(f"{file}: not listed in the manifest of version {manifest.version}")
-        header = read_header(file)
+    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))  # hashing and reading both release the interpreter's lock
+    try:
+        hashes = {name: pool.submit(_hash, folder / name, copies.get(name)) for name in manifest.files}
+        for name, content in hashes.items():
+            if content.result() != manifest.files[name]:
+                raise BadVersionError(
+                    f"{folder / name}: content differs from the checksum of version {manifest.version}"
+                )
+    finally:
+        pool.shutdown(cancel_futures=True)
+    _check_tensors(folder, manifest, copies)
+
+
+def _hash(file: Path, copy: int | None) -> str:
+    """SHA-256 of a file's content, which is read once and written to the descriptor `copy` on the way."""
+    hasher, buffer = hashlib.sha256(), memoryview(bytearray(_CHUNK_BYTES))
+    try:
+        with open(file, "rb", buffering=0) as stream:
+            while size := stream.readinto(buffer):
+                hasher.update(buffer[:size])
+                if copy is not None:
+                    _append(copy, buffer[:size])
+    except FileNotFoundError:
+        raise BadVersionError(f"{file}: missing, though its version's manifest lists it") from None
+    except OSError as error:
+        raise BadVersionError(f"{file}: cannot be read: {error.strerror}") from None
+    return hasher.hexdigest()
+
+
+def _append(descriptor: int, content: memoryview) -> None:
+    try:
+        while content:
+            content = content[os.write(descriptor, content) :]
+    except OSError as error:
+        raise MemoryError(f"no memory for a copy of a published version: {error.strerror}") from None
+
+
+def _check_tensors(folder: Path, manifest: VersionManifest, copies: Mapping[str, int]) -> None:
+    """Names, dtypes and shapes in the headers of the weight files against the manifest's."""
+    found: dict[str, tuple[str, tuple[int, ...]]] = {}
+    home: dict[str, str] = {}
+    for file in sorted(folder / name for name in manifest.files if name.endswith(".safetensors")):
+        header = read_header(descriptor_path(copies[file.name]) if file.name in copies else file)
         for name in header:
             if home.setdefault(name, file.name) != file.name:
                 raise BadVersionError(f"{file}: tensor {name} is also in {home[name]}")
@@ -94,7 +175,11 @@ def verify_version(folder: Path) -> VersionManifest:
             raise BadVersionError(
                 f"{folder}: tensor {name} is {found.get(name)}, the manifest says {manifest.tensors.get(name)}"
             )
-    return manifest
+
+
+def descriptor_path(descriptor: int) -> Path:
+    """A path by which this process and its children can open what a descriptor of this process refers to."""
+    return Path(f"/proc/{os.getpid()}/fd/{descriptor}")
 
 
 def read_parity_probe(folder: Path) -> ParityProbe:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,22 +19,32 @@ from megatron_npd.data.prompts import load_prompt_set
 from megatron_npd.hf_config import ModelDims
 from megatron_npd.mcore.model import named_parameters
 from megatron_npd.mcore.optimizer import micro_batch_multiple, pipeline_forward, sum_over
-from megatron_npd.mcore.parallel import barrier
 from megatron_npd.parallel import Parallel
 from megatron_npd.run_directory import RunDirectory, fsync_folder
 from megatron_npd.training.step import logprob_step
-from megatron_npd.weights.publish import publish_version
+from megatron_npd.training.student import Student
+from megatron_npd.weights.publish import Published, Publisher
 
 PROBE_SEQUENCES = 16
 
 
-def publish(
-    run: RunDirectory, config: Config, version: int, models: list[Any], dims: ModelDims, parallel: Parallel
-) -> int:
-    """Publish the model as `version`, with this model's own logprobs on fixed tokens beside it; returns bytes."""
-    probe = _parity_probe(run, config, models, dims, parallel)
-    parameters = named_parameters(models)
-    return publish_version(run, version, parameters, dims, parallel, config.models.student, probe, barrier)
+def make_publisher(
+    run: RunDirectory, config: Config, student: Student, on_published: Callable[[Published], None]
+) -> Publisher:
+    """What publishes this student; every rank makes one."""
+    parameters = named_parameters(student.trainable.models)
+    return Publisher(run, parameters, student.dims, student.parallel, config.models.student, on_published)
+
+
+def publish(publisher: Publisher, run: RunDirectory, config: Config, version: int, student: Student) -> None:
+    """Begin to publish the student as `version`, with its own logprobs on fixed tokens beside it.
+
+    When it returns the student may be trained on; `publisher` says when the version is visible.
+    """
+    since = time.monotonic()
+    models = student.trainable.models
+    probe = _parity_probe(run, config, models, student.dims, student.parallel)
+    publisher.publish(version, named_parameters(models), probe, since)
 
 
 def write_student(run: RunDirectory, version: int) -> None:

@@ -41,7 +41,7 @@ class Split:
         return tensors[0].chunk(size, self.dim)[rank]
 
     def unshard(self, shards: list[torch.Tensor], dims: ModelDims) -> list[torch.Tensor]:
-        return [torch.cat(shards, self.dim)]
+        return [_joined(shards, self.dim)]
 
 
 class Vocabulary:
@@ -51,10 +51,10 @@ class Vocabulary:
         (rows,) = tensors
         local = -(-len(rows) // size)
         mine = rows[rank * local : (rank + 1) * local]
-        return torch.nn.functional.pad(mine, (0, 0, 0, local - len(mine)))
+        return torch.nn.functional.pad(mine, (0, 0, 0, local - len(mine))) if len(mine) < local else mine
 
     def unshard(self, shards: list[torch.Tensor], dims: ModelDims) -> list[torch.Tensor]:
-        return [torch.cat(shards)[: dims.vocab_size]]
+        return [_joined(shards)[: dims.vocab_size]]
 
 
 class GatedLinear:
@@ -65,7 +65,7 @@ class GatedLinear:
 
     def unshard(self, shards: list[torch.Tensor], dims: ModelDims) -> list[torch.Tensor]:
         halves = [shard.chunk(2) for shard in shards]
-        return [torch.cat([half[part] for half in halves]) for part in (0, 1)]
+        return [_joined([half[part] for half in halves]) for part in (0, 1)]
 
 
 class FusedQKV:
@@ -80,7 +80,7 @@ class FusedQKV:
 
     def unshard(self, shards: list[torch.Tensor], dims: ModelDims) -> list[torch.Tensor]:
         query_rows = dims.num_heads // dims.num_kv_heads * dims.head_dim
-        groups = torch.cat(shards).unflatten(0, (-1, query_rows + 2 * dims.head_dim))[: dims.num_kv_heads]
+        groups = _joined(shards).unflatten(0, (-1, query_rows + 2 * dims.head_dim))[: dims.num_kv_heads]
         parts = groups.split([query_rows, dims.head_dim, dims.head_dim], dim=1)
         return [part.flatten(0, 1) for part in parts]
 
@@ -93,13 +93,18 @@ class AttentionOutput:
         return _pad_groups(groups, dims, size).chunk(size)[rank].flatten(0, 1).T
 
     def unshard(self, shards: list[torch.Tensor], dims: ModelDims) -> list[torch.Tensor]:
-        return [torch.cat(shards, dim=1)[:, : dims.num_heads * dims.head_dim]]
+        return [_joined(shards, dim=1)[:, : dims.num_heads * dims.head_dim]]
+
+
+def _joined(shards: list[torch.Tensor], dim: int = 0) -> torch.Tensor:
+    """The shards one after another; a single one as it is, without a copy."""
+    return torch.cat(shards, dim) if len(shards) > 1 else shards[0]
 
 
 def _pad_groups(groups: torch.Tensor, dims: ModelDims, size: int) -> torch.Tensor:
     """[G, ...] with zero groups added until the ranks can share them (`ModelDims.padded_kv_heads`)."""
     added = dims.padded_kv_heads(size) - dims.num_kv_heads
-    return torch.nn.functional.pad(groups, (0, 0) * (groups.ndim - 1) + (0, added))
+    return torch.nn.functional.pad(groups, (0, 0) * (groups.ndim - 1) + (0, added)) if added else groups
 
 
 LAYOUTS: dict[Layout, Arithmetic] = {

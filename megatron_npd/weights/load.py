@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from megatron_npd.errors import UserError
 from megatron_npd.hf_config import ModelDims
 from megatron_npd.parallel import Parallel
-from megatron_npd.weights.name_map import (
-    all_hugging_face_names,
-    hugging_face_names,
-    rules_for,
-    unknown_hugging_face_names,
-)
+from megatron_npd.weights.name_map import hugging_face_names, rules_for
+from megatron_npd.weights.source import check_names, open_checkpoint
 
 
 def load_hugging_face(
@@ -32,8 +26,8 @@ def load_hugging_face(
         UserError: a tensor is missing, superfluous or of the wrong shape, or a file cannot be read.
     """
     rules = rules_for(dims)
-    with _open_checkpoint(Path(folder)) as files:
-        _check_names(Path(folder), set(files), dims)
+    with open_checkpoint(Path(folder)) as files:
+        check_names(Path(folder), set(files), dims)
         for name, parameter in parameters.items():
             if _shard(files, folder, name, rules, dims, parallel, shape_only=True) != tuple(parameter.shape):
                 raise UserError(f"{folder}: {name} does not fit the dimensions in config.json")
@@ -64,28 +58,3 @@ def _shard(
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{folder}: {', '.join(hugging_face_names(rule, layer))}: wrong shape ({error})") from None
     return tuple(shard.shape) if shape_only else shard
-
-
-@contextlib.contextmanager
-def _open_checkpoint(folder: Path) -> Iterator[dict[str, Any]]:
-    """Tensor name -> open safetensors file, for every file of a checkpoint."""
-    paths = sorted(folder.glob("*.safetensors"))
-    if not paths:
-        raise UserError(f"{folder}: holds no *.safetensors file; must be a Hugging Face checkpoint")
-    with contextlib.ExitStack() as stack:
-        tensors: dict[str, Any] = {}
-        for path in paths:
-            try:
-                file = stack.enter_context(safe_open(path, "pt"))
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{path}: not a readable safetensors file ({error})") from None
-            tensors.update(dict.fromkeys(file.keys(), file))
-        yield tensors
-
-
-def _check_names(folder: Path, found: set[str], dims: ModelDims) -> None:
-    missing = sorted(set(all_hugging_face_names(dims)) - found)
-    for what, names in (("missing", missing), ("not known to this family", unknown_hugging_face_names(found, dims))):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise UserError(f"{folder}: tensor {names[0]}{more} {what}")

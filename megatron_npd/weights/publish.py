@@ -1,118 +1,285 @@
-"""Writing this model, from any parallel layout, as a complete Hugging Face checkpoint that appears atomically.
+"""Publishing this model, from any parallel layout, as a complete Hugging Face checkpoint that appears atomically.
 
-Each pipeline stage gathers its parameters over tensor parallelism and its first rank writes one safetensors file; one
-rank then writes the index, copies configuration and tokenizer, hashes everything and renames the folder.
+Training stands still while the parameters are gathered bucket by bucket, each to the one rank that will write it, and
+copied to host memory (`weights.snapshot`). A thread a rank then writes and hashes them (`weights.share`), and rank 0's
+makes the whole visible by one rename (`weights.completion`). Threads never communicate: the ranks agree on how it went
+in `poll` and `wait`.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 
-from megatron_npd.buffer.versions import MANIFEST, PARITY, ParityProbe, read_header, write_manifest
+from megatron_npd.buffer.versions import ParityProbe
+from megatron_npd.buffer.waiting import explained
+from megatron_npd.errors import STORAGE_ERRNOS, StorageError, UserError
 from megatron_npd.hf_config import ModelDims
 from megatron_npd.parallel import Parallel
-from megatron_npd.run_directory import RunDirectory, fsync_folder, write_json
-from megatron_npd.weights.name_map import hugging_face_names, is_tied_copy, rules_for
+from megatron_npd.run_directory import RunDirectory
+from megatron_npd.weights.buckets import LARGEST_BUCKET, SMALLEST_BUCKET
+from megatron_npd.weights.completion import AlreadyPublishedError, Target, complete
+from megatron_npd.weights.safetensors_writer import Shard
+from megatron_npd.weights.share import SHARES, Share, write_share
+from megatron_npd.weights.snapshot import Copy, Snapshot
 
-_WEIGHT_FILES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".gguf", ".pt", ".pth")
-
-
-def publish_version(
-    run: RunDirectory,
-    version: int,
-    parameters: Mapping[str, torch.Tensor],
-    dims: ModelDims,
-    parallel: Parallel,
-    template: str | Path,
-    probe: ParityProbe | None,
-    barrier: Callable[[], None],
-) -> int:
-    """Publish `weights/vN` and return its bytes. Every rank calls this; it returns when the version is visible.
-
-    Args:
-        parameters: this rank's, as `mcore.model.named_parameters` gives them.
-        template: checkpoint folder whose configuration, tokenizer and generation config are carried along.
-        probe: written by the last stage's first rank; None on every other rank.
-        barrier: waits for all ranks.
-
-    Raises:
-        FileExistsError: the version is published already (versions never change).
-    """
-    final = run.version(version)
-    if final.exists():
-        raise FileExistsError(f"{final}: version {version} is already published; versions never change")
-    staging = run.weights / f".staging-{final.name}"
-    if parallel.rank == 0:
-        shutil.rmtree(staging, ignore_errors=True)  # left by a writer that was killed
-        staging.mkdir(parents=True)
-    barrier()
-    if parallel.is_first_replica:
-        tensors = dict(gather_hugging_face(parameters, dims, parallel))
-        if parallel.tp_rank == 0:
-            name = f"model-{parallel.pp_rank + 1:05d}-of-{parallel.pp_size:05d}.safetensors"
-            save_file(tensors, staging / name, metadata={"format": "pt"})
-    if probe is not None:
-        write_json(staging / PARITY, {"sequences": probe.sequences, "logprobs": probe.logprobs})
-    barrier()
-    if parallel.rank == 0:
-        _finish(staging, final, version, Path(template), next(iter(parameters.values())).dtype)
-    barrier()
-    return sum(file.stat().st_size for file in final.glob("*.safetensors"))
+T = TypeVar("T")
+POLL_SECONDS = 0.01
+GIVE_UP_SECONDS = 10.0
+"""How long a failed publication waits for its own thread before it is reported."""
 
 
-def gather_hugging_face(
-    parameters: Mapping[str, torch.Tensor], dims: ModelDims, parallel: Parallel
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """(Hugging Face name, full CPU tensor) of this stage's parameters; a collective over the tensor-parallel group.
+@dataclass(frozen=True)
+class Published:
+    """A version that became visible."""
 
-    Yields on tensor-parallel rank 0 only; the other ranks take part and yield nothing. A tensor may share memory with
-    its parameter.
-    """
-    rules = rules_for(dims)
-    for name, parameter in parameters.items():
-        if is_tied_copy(name, dims):
-            continue
-        shards = _all_shards(parameter.detach(), parallel)
-        if parallel.tp_rank == 0:
-            rule, layer = rules[name]
-            tensors = rule.layout.unshard(shards, dims)
-            for hf_name, tensor in zip(hugging_face_names(rule, layer), tensors, strict=True):
-                yield hf_name, tensor.cpu().contiguous()
+    version: int
+    bytes: int
+    """Of all tensors."""
+    seconds: float
+    """From the moment training stopped for it until readers could see it."""
+    stall_seconds: float
+    """How long training stood still for it: copying, and waiting for the writing where that had to be."""
 
 
-def _all_shards(shard: torch.Tensor, parallel: Parallel) -> list[torch.Tensor]:
-    if parallel.tp_group is None:
-        return [shard]
-    shards = [torch.empty_like(shard) for _ in range(parallel.tp_size)]
-    dist.all_gather(shards, shard.contiguous(), group=parallel.tp_group)
-    return shards
+class Publisher:
+    """Publishes one version at a time. Every rank makes one and calls its methods at the same places."""
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        parameters: Mapping[str, torch.Tensor],
+        dims: ModelDims,
+        parallel: Parallel,
+        template: str | Path,
+        on_published: Callable[[Published], None] = lambda published: None,
+        largest_bucket: int = LARGEST_BUCKET,
+        smallest_bucket: int = SMALLEST_BUCKET,
+    ):
+        """
+        Args:
+            parameters: this rank's, as `mcore.model.named_parameters` gives them; here for their shapes only.
+            template: checkpoint folder whose configuration, tokenizer and generation config are carried along.
+            on_published: called on every rank, in `poll` or `wait`, when a version was found visible.
+        """
+        self.run, self.dims, self.parallel, self.template = run, dims, parallel, Path(template)
+        self.on_published = on_published
+        self.snapshot = Snapshot(parameters, dims, parallel, largest_bucket, smallest_bucket)
+        self._dtype = str(next(iter(parameters.values())).dtype).removeprefix("torch.")
+        self._files = _agree_on_files(self.snapshot, parallel)
+        self._job: _Job | None = None
+
+    def publish(
+        self,
+        version: int,
+        parameters: Mapping[str, torch.Tensor],
+        probe: ParityProbe | None = None,
+        since: float | None = None,
+    ) -> None:
+        """Publish the parameters as they are now. Returns when they are copied; `poll` or `wait` find the version
+        visible.
+
+        Args:
+            probe: from the logging rank; None on every other, or without one.
+            since: `time.monotonic` when training stopped for this (for `Published`); None: now.
+
+        Raises:
+            UserError: the version is published already, the folder cannot be written, or an earlier publication failed.
+        """
+        self.wait()
+        since = time.monotonic() if since is None else since
+        target = self._open(version)
+        self.snapshot.take(parameters)
+        files = [
+            (Shard(self._files.name(copy.number), copy.bucket.tensors), copy.data) for copy in self.snapshot.copies
+        ]
+        share = Share(self.parallel.rank, files, probe)
+        self._job = _Job(target, share, self._leads, since, time.monotonic() - since)
+        self._job.start()
+
+    def poll(self) -> bool:
+        """Whether no version is under way. Costs a small collective while one is.
+
+        Raises:
+            UserError: on every rank, if a file could not be written on any. Nothing became visible.
+        """
+        if self._job is not None and self._is_visible(self._job):
+            self._conclude(self._job)
+        return self._job is None
+
+    def wait(self) -> None:
+        """Return when the version under way, if any, is visible; says so where that takes time. Raises as `poll`."""
+        if self.poll():
+            return
+        job, started = self._job, time.monotonic()
+        with explained(f"version {job.target.version} to be written") as still:
+            while not self._is_visible(job):
+                still()
+                time.sleep(POLL_SECONDS)
+        job.stall_seconds += time.monotonic() - started
+        self._conclude(job)
+
+    @property
+    def _leads(self) -> bool:
+        return self.parallel.rank == 0
+
+    def _open(self, version: int) -> Target:
+        """Make a folder to write to. Its name is used once: a writer thought dead cannot write into another's files."""
+        final = self.run.version(version)
+        staging = final.with_name(f".staging-{final.name}-{uuid.uuid4().hex[:8]}")
+        refused = None
+        if self._leads:
+            if final.exists():
+                refused = UserError(_already_published(final))
+            else:
+                try:
+                    (staging / SHARES).mkdir(parents=True)
+                except OSError as error:
+                    refused = _cannot_write(error, final)
+        staging, refused = self._from_first_rank((staging, refused))
+        if refused:
+            raise refused
+        return Target(
+            version, staging, final, self.template, self.dims, self._dtype, self._files.bytes, self._files.writers
+        )
+
+    def _file(self, copy: Copy) -> tuple[Shard, torch.Tensor]:
+        return Shard(self._files.name(copy.number), copy.bucket.tensors), copy.data
+
+    def _is_visible(self, job: _Job) -> bool:
+        """Whether all ranks are done: a collective. Every rank raises if one has failed."""
+        running = job.is_running  # looked at first: a thread that has ended has left its error
+        running, failed, seconds = self._greatest(float(running), float(job.error is not None), job.seconds)
+        if failed:
+            self._give_up(job)
+        if not running:
+            job.seconds = seconds  # no thread writes it any more
+        return not running
+
+    def _conclude(self, job: _Job) -> None:
+        self._job = None
+        self.on_published(Published(job.target.version, self._files.bytes, job.seconds, job.stall_seconds))
+
+    def _give_up(self, job: _Job) -> NoReturn:
+        """Leave nothing half-written behind, and raise the first rank's reason on every rank."""
+        self._job = None
+        failures = [failure for failure in _all_gather(job.failure(), self.parallel) if failure]
+        job.stop.set()
+        job.join(GIVE_UP_SECONDS)
+        if self._leads:
+            shutil.rmtree(job.target.staging, ignore_errors=True)
+        raise failures[0] from (None if isinstance(failures[0], UserError) else job.error)
+
+    def _greatest(self, *values: float) -> list[float]:
+        """The largest of each value over all ranks."""
+        if self.parallel.world_size == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64)  # on the CPU, so no GPU waits for it
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return tensor.tolist()
+
+    def _from_first_rank(self, value: tuple[Path, UserError | None]) -> tuple[Path, UserError | None]:
+        box = [value]
+        if self.parallel.world_size > 1:
+            dist.broadcast_object_list(box, src=0)
+        return box[0]
 
 
-def _finish(staging: Path, final: Path, version: int, template: Path, dtype: torch.dtype) -> None:
-    """Index, configuration, tokenizer, manifest; then make the folder durable and give it its name."""
-    weight_map = {name: file.name for file in sorted(staging.glob("*.safetensors")) for name in read_header(file)}
-    total = sum(file.stat().st_size for file in staging.glob("*.safetensors"))
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    write_json(staging / "model.safetensors.index.json", index)
-    for file in sorted(template.iterdir()):
-        if file.is_file() and not file.name.endswith(_WEIGHT_FILES) and not (staging / file.name).exists():
-            shutil.copyfile(file, staging / file.name)
-    (staging / MANIFEST).unlink(missing_ok=True)  # the template may be a published version itself
-    config = json.loads((staging / "config.json").read_text(encoding="utf-8"))
-    config.pop("torch_dtype", None)
-    write_json(staging / "config.json", {**config, "dtype": str(dtype).removeprefix("torch.")})
-    write_manifest(staging, version)
-    for file in staging.iterdir():
-        with open(file, "rb") as stream:
-            os.fsync(stream.fileno())
-    fsync_folder(staging)
-    os.rename(staging, final)
-    fsync_folder(final.parent)
+class _Job:
+    """One rank's thread, and what came of it."""
+
+    def __init__(self, target: Target, share: Share, leads: bool, since: float, stall_seconds: float):
+        self.target, self.share, self.leads, self.since = target, share, leads, since
+        self.stall_seconds = stall_seconds
+        self.seconds = 0.0
+        """From `since` until the version was visible, on the first rank; 0 before and elsewhere."""
+        self.error: BaseException | None = None
+        self.stop = threading.Event()
+        # A daemon: a trainer that was told to stop does not wait for it.
+        self._thread = threading.Thread(target=self._run, name=f"publish v{target.version}", daemon=True)
+        self.start, self.join = self._thread.start, self._thread.join
+
+    @property
+    def is_running(self) -> bool:
+        return self._thread.is_alive()
+
+    def failure(self) -> Exception | None:
+        """What to tell whoever waits for this publication, if it failed."""
+        error, final = self.error, self.target.final
+        if isinstance(error, AlreadyPublishedError) or (isinstance(error, OSError) and final.exists()):
+            return UserError(_already_published(final))  # whoever was first removed this one's folder
+        if isinstance(error, OSError):
+            return _cannot_write(error, final)
+        return RuntimeError(f"{final}: {error!r} while it was written") if error else None
+
+    def _run(self) -> None:
+        try:
+            if self.share.rank in self.target.writers:
+                write_share(self.target.staging, self.share)
+            if self.leads:
+                self.seconds = complete(self.target, self.stop) - self.since
+        except BaseException as error:  # raised by the main thread, which looks at it
+            self.error = error
+
+
+@dataclass(frozen=True)
+class _Files:
+    """The files of a version, over all stages; the same for every version."""
+
+    first: int
+    """Number of this stage's first one, from 1."""
+    count: int
+    bytes: int
+    """Of all tensors."""
+    writers: list[int]
+    """Ranks that write something."""
+
+    def name(self, bucket: int) -> str:
+        """Of this stage's bucket."""
+        return f"model-{self.first + bucket:05d}-of-{self.count:05d}.safetensors"
+
+
+def _agree_on_files(snapshot: Snapshot, parallel: Parallel) -> _Files:
+    sizes = [bucket.nbytes for bucket in snapshot.plan]
+    writes = bool(snapshot.copies) or parallel.rank == parallel.logging_rank  # that one writes the parity probe
+    told = _all_gather((parallel.pp_rank, sizes, writes), parallel)
+    stages = {stage: sizes for stage, sizes, _ in told}
+    return _Files(
+        first=1 + sum(len(sizes) for stage, sizes in stages.items() if stage < parallel.pp_rank),
+        count=sum(map(len, stages.values())),
+        bytes=sum(map(sum, stages.values())),
+        writers=[rank for rank, (_, _, writes) in enumerate(told) if writes],
+    )
+
+
+def _all_gather(value: T, parallel: Parallel) -> list[T]:
+    """Every rank's value (pickled between ranks of one role only), by rank."""
+    values = [value]
+    if parallel.world_size > 1:
+        values = [value] * parallel.world_size
+        dist.all_gather_object(values, value)
+    return values
+
+
+def _already_published(final: Path) -> str:
+    return (
+        f"{final}: is published already, and versions never change; if another trainer works in this run directory, "
+        "stop one of them"
+    )
+
+
+def _cannot_write(error: OSError, final: Path) -> UserError:
+    kind = StorageError if error.errno in STORAGE_ERRNOS else UserError
+    return kind(
+        f"{error.filename or final}: cannot write {final.name}: {error.strerror or error}; must be a writable folder "
+        "with room for it (nothing was published, older versions stay)"
+    )

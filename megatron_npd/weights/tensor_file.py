@@ -1,0 +1,68 @@
+"""Reading tensors of safetensors files one at a time, with plain reads.
+
+safetensors' own reader for torch maps a file privately, which Linux refuses where the file is larger than memory.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from megatron_npd.errors import UserError
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""Name in a safetensors header -> data type, of those that a model may have here."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies."""
+
+    path: Path
+    begin: int
+    """Byte of the file."""
+    dtype_name: str
+    """As the header has it; one of `DTYPES`, or a type that is not supported."""
+    shape: tuple[int, ...]
+
+    def read(self) -> torch.Tensor:
+        """The tensor, in memory of its own. Raises UserError where the file cannot be read."""
+        tensor = torch.empty(self.shape, dtype=DTYPES[self.dtype_name])
+        left = memoryview(tensor.view(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
+        try:
+            with open(self.path, "rb", buffering=0) as stream:
+                stream.seek(self.begin)
+                while left:
+                    if not (count := stream.readinto(left)):
+                        raise UserError(f"{self.path}: was cut short while it was read")
+                    left = left[count:]
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be read ({error.strerror})") from None
+        return tensor
+
+
+def stored_tensors(paths: list[Path]) -> dict[str, StoredTensor]:
+    """Tensor name -> where it lies, from the headers of safetensors files; no tensor is read.
+
+    Raises:
+        UserError: a file is not readable as safetensors, or cut short.
+    """
+    found: dict[str, StoredTensor] = {}
+    for path in paths:
+        try:
+            with safe_open(path, framework="numpy"):
+                pass  # it checks the header, and the header against the file's length
+            with open(path, "rb") as stream:
+                length = int.from_bytes(stream.read(8), "little")
+                header = json.loads(stream.read(length))
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: not a readable safetensors file ({error})") from None
+        for name, entry in header.items():
+            if name != "__metadata__":
+                begin = 8 + length + entry["data_offsets"][0]
+                found[name] = StoredTensor(path, begin, entry["dtype"], tuple(entry["shape"]))
+    return found
