@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,26 @@ class Inputs:
         for section in sections:
             table = table.setdefault(section, {})
         table[name] = value
+
+
+@pytest.fixture(scope="session")
+def engines_live_on() -> Iterator[None]:
+    """Keep every vLLM engine of this process: deleting one tears down what vLLM shares between them."""
+    from megatron_npd.rollout.engine import RolloutEngine
+
+    engines, make = [], RolloutEngine.__init__
+
+    def keep_and_make(self: RolloutEngine, *arguments: Any) -> None:
+        engines.append(self)
+        make(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RolloutEngine, "__init__", keep_and_make)
+        yield
+        patch.setattr(gc, "collect", lambda *_: 0)  # vLLM collects three times for each engine: half a minute
+        for engine in engines:
+            if hasattr(engine, "_llm"):  # not where its start was refused
+                engine._llm.engine_core.shutdown()
 
 
 @pytest.fixture(scope="session")

@@ -1,79 +1,50 @@
-"""The rollout sidecar with a real vLLM engine: one test for each way an in-place update can go silently wrong.
+"""The rollout sidecar with a real vLLM engine: what it samples, what it serves after an update in place, and the role.
 
 Hugging Face transformers is the reference throughout, in float32.
 """
 
 from __future__ import annotations
 
-import gc
 import itertools
 import json
 import shutil
+import sys
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from tiny_models import EOS, hf_logprobs, make_llama, make_model, probe_sequences, publish
+from engines import (
+    LONGEST,
+    ROLLOUT,
+    TOLERANCE,
+    largest_difference,
+    published,
+    refresh,
+    requests,
+    rewrite,
+    start,
+)
+from megatron_runs import run_ranks
+from tiny_models import EOS, LLAMA3_ROPE, hf_logprobs, make_llama, make_model, probe_sequences, publish
 
 from megatron_npd.buffer.shards import read_shard
 from megatron_npd.buffer.versions import BadVersionError, ParityProbe, read_parity_probe, write_manifest
-from megatron_npd.config import Config, RolloutConfig
+from megatron_npd.config import Config
 from megatron_npd.data.prompts import save_prompt_set
 from megatron_npd.observe.metrics import read_metrics
-from megatron_npd.rollout import sidecar, worker
+from megatron_npd.rollout import sidecar
 from megatron_npd.rollout.engine import Request, RolloutEngine, RolloutError
 from megatron_npd.rollout.parity import ParityError, check_parity
 from megatron_npd.run_directory import RunDirectory
 from megatron_npd.schema import TEACHER_VERSION, FinishReason
 
-pytestmark = pytest.mark.slow
-
-ROLLOUT = RolloutConfig(kv_cache_gib=0.05, max_num_seqs=32)
-LONGEST = 200
-TOLERANCE = 1e-4
-_seeds = itertools.count(100)
-
-
-def start(folder: Path, version: int) -> RolloutEngine:
-    return RolloutEngine(folder, version, ROLLOUT, "float32", LONGEST)
-
-
-def published(folder: Path, version: int, family: str = "llama", **options) -> Path:
-    """A new random version in `folder`/vN."""
-    return publish(make_model(family, folder / f"v{version:06d}", next(_seeds), **options), version)
-
-
-def requests(count: int = 8, length: int = 12, **options) -> list[Request]:
-    settings = {"max_new_tokens": 40, "stop_token_ids": [EOS]} | options
-    return [Request(ids, seed, **settings) for seed, ids in enumerate(probe_sequences(7, count, length))]
-
-
-def largest_difference(ours: list[list[float]], reference: list[list[float]]) -> float:
-    return float(np.abs(np.concatenate(ours) - np.concatenate(reference)).max())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def engines_live_on():
-    """Keep every engine to the end: deleting one tears down what vLLM shares between the engines of a process."""
-    engines, make = [], RolloutEngine.__init__
-
-    def make_and_keep(self, *arguments) -> None:
-        make(self, *arguments)
-        engines.append(self)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RolloutEngine, "__init__", make_and_keep)
-        yield
-        patch.setattr(gc, "collect", lambda *_: 0)  # vLLM collects three times for each engine: half a minute
-        for engine in engines:
-            engine._llm.engine_core.shutdown()
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("engines_live_on")]
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory):
+def engine(tmp_path_factory, engines_live_on):
     """An engine shared by the tests below, which may refresh it to newer versions as they like."""
     return start(published(tmp_path_factory.mktemp("start"), 0, tied=True), 0)
 
@@ -82,10 +53,6 @@ def engine(tmp_path_factory):
 def next_version(engine, tmp_path):
     """Folder of a version that may replace the served one, in several files."""
     return published(tmp_path, engine.version + 1, tied=True, split=True)
-
-
-def refresh(engine: RolloutEngine, folder: Path) -> None:
-    engine.refresh(folder, engine.version + 1)
 
 
 # --- generation -----------------------------------------------------------------------------------------------------
@@ -172,135 +139,89 @@ def test_refresh_equals_a_fresh_engine(tmp_path, tied, dtype):
     """Tied embeddings: vLLM alone would go on with the old output head."""
     old, new = (published(tmp_path, version, tied=tied, dtype=dtype) for version in (0, 1))
     engine, fresh = (RolloutEngine(folder, i, ROLLOUT, str(dtype)[6:], LONGEST) for i, folder in enumerate((old, new)))
-    engine.refresh(new, 1)
+    refresh(engine, new)
     assert engine.logprobs(probe_sequences()) == fresh.logprobs(probe_sequences())
     assert engine.generate(requests()) == fresh.generate(requests())
     if dtype is torch.float32:
         assert largest_difference(engine.logprobs(probe_sequences()), read_parity_probe(new).logprobs) < TOLERANCE
 
 
-@pytest.mark.parametrize(("family", "tied"), [("qwen2", False), ("qwen3", True)])
-def test_refresh_carries_biases_and_head_norms(tmp_path, family, tied):
-    old, new = (published(tmp_path, version, family, tied=tied) for version in (0, 1))
+WORKER = Path(__file__).with_name("refresh_worker.py")
+WIDE = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+"""Heads that divide over two ranks; the other models' one key-value head is padded."""
+FAMILIES: dict[str, tuple[str, dict]] = {
+    "llama tied": ("llama", {"tied": True}),
+    "llama untied, llama3 rope": ("llama", {"rope_parameters": LLAMA3_ROPE} | WIDE),
+    "llama with attention_bias": ("llama", {"attention_bias": True}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {"tied": True}),
+    "openpangu tied": ("openpangu", {"tied": True} | WIDE),
+    "openpangu untied": ("openpangu", {}),
+}
+
+
+@pytest.fixture(scope="module")
+def trained_versions(tmp_path_factory) -> dict[str, RunDirectory]:
+    """A run directory for each family, with versions 0 and 1 published by one real trainer group at TP 2 × PP 2."""
+    root = tmp_path_factory.mktemp("trained")
+    runs = {}
+    for seed, (name, (family, options)) in enumerate(FAMILIES.items()):
+        run = RunDirectory(root / name.replace(" ", "_"))
+        student = make_model(family, run.root / "student", seed, **options)
+        save_prompt_set(run.prompts("heldout"), ["a", "b", "c"], probe_sequences(seed))
+        config = Config.model_validate(
+            {
+                "run_directory": str(run.root),
+                "models": {"teacher": "-", "student": str(student), "dtype": "float32"},
+                "prompts": {"train": "-", "heldout": "-", "max_prompt_tokens": 16},
+                "rollout": {"max_new_tokens": 16},
+                "training": {
+                    "tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "sequence_length": 96, "lr": 0.1
+                },
+            }
+        )  # fmt: skip
+        run.config.write_text(config.to_toml())
+        runs[name] = run
+    run_ranks([sys.executable, str(WORKER), json.dumps([str(run.config) for run in runs.values()])], 4, root / "meet")
+    return runs
+
+
+def test_engine_over_two_processes_is_refreshed(tmp_path):
+    """Its workers are processes of their own: they must know our update and openPangu, and read what is staged here."""
+    old, new = (published(tmp_path, version, "openpangu", tied=True, **WIDE) for version in (0, 1))
+    rollout = ROLLOUT.model_copy(update={"tensor_model_parallel_size": 2})
+    engine = RolloutEngine(old, 0, rollout, "float32", LONGEST)
+    refresh(engine, new)
+    assert check_parity(engine, read_parity_probe(new), ROLLOUT).max < TOLERANCE
+
+
+def test_openpangus_own_code_is_not_run(tmp_path):
+    """Released checkpoints bring a configuration class, which transformers would otherwise need."""
+    folder, marker = make_model("openpangu", tmp_path / "v000000", 5), tmp_path / "code_was_run"
+    raw = json.loads((folder / "config.json").read_text())
+    raw["auto_map"] = {"AutoConfig": "configuration_openpangu_dense.PanguEmbeddedConfig"}
+    (folder / "config.json").write_text(json.dumps(raw))
+    (folder / "configuration_openpangu_dense.py").write_text(f"open({str(marker)!r}, 'w')\n")
+    engine = start(publish(folder, 0), 0)
+    assert largest_difference(engine.logprobs(probe_sequences()), read_parity_probe(folder).logprobs) < TOLERANCE
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_trainers_versions_of_every_family_are_served(trained_versions, family):
+    """Start on A, refresh to B: a fresh engine's logprobs, the trainer's own, and transformers'."""
+    old, new = (trained_versions[family].version(version) for version in (0, 1))
     engine, fresh = start(old, 0), start(new, 1)
-    assert largest_difference(engine.logprobs(probe_sequences()), read_parity_probe(old).logprobs) < TOLERANCE
-    engine.refresh(new, 1)
-    assert engine.logprobs(probe_sequences()) == fresh.logprobs(probe_sequences())
-    assert largest_difference(engine.logprobs(probe_sequences()), read_parity_probe(new).logprobs) < TOLERANCE
+    parity = check_parity(engine, read_parity_probe(old), ROLLOUT)
+    assert parity.max < TOLERANCE
+    before = engine.logprobs(probe_sequences())
+    refresh(engine, new)
+    assert check_parity(engine, read_parity_probe(new), ROLLOUT).max < TOLERANCE
+    after = engine.logprobs(probe_sequences())
+    assert largest_difference(after, before) > 1, "the two versions must differ for this to show anything"
+    assert after == fresh.logprobs(probe_sequences())
+    assert largest_difference(after, hf_logprobs(new, probe_sequences())) < TOLERANCE
     assert engine.generate(requests()) == fresh.generate(requests())
-
-
-def rewrite(folder: Path, change) -> None:
-    """Apply `change(tensors)` to one weight file, and describe the result in a new, consistent manifest."""
-    file = sorted(folder.glob("*.safetensors"))[-1]
-    tensors = load_file(file)
-    change(tensors)
-    save_file(tensors, file, metadata={"format": "pt"})
-    write_manifest(folder, json.loads((folder / "version.json").read_text())["version"])
-
-
-NORM = "model.norm.weight"
-
-
-def remove_tensor(folder: Path) -> None:
-    rewrite(folder, lambda tensors: tensors.pop(NORM))
-
-
-def add_tensor(folder: Path) -> None:
-    rewrite(folder, lambda tensors: tensors.update(surplus=torch.zeros(1)))
-
-
-def change_shape(folder: Path) -> None:
-    rewrite(folder, lambda tensors: tensors.update({NORM: torch.ones(65)}))
-
-
-def change_dtype(folder: Path) -> None:
-    rewrite(folder, lambda tensors: tensors.update({NORM: tensors[NORM].bfloat16()}))
-
-
-def flip_byte(folder: Path) -> None:
-    file = sorted(folder.glob("*.safetensors"))[-1]
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
-
-
-def remove_file(folder: Path) -> None:
-    sorted(folder.glob("*.safetensors"))[-1].unlink()
-
-
-def repeat_tensor(folder: Path) -> None:
-    save_file({NORM: torch.zeros(64)}, folder / "another.safetensors")
-    write_manifest(folder, json.loads((folder / "version.json").read_text())["version"])
-
-
-def slip_in_file(folder: Path) -> None:
-    save_file({NORM: torch.zeros(64)}, folder / "another.safetensors")
-
-
-def change_rope(folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    config["rope_parameters"]["rope_theta"] = 5000.0
-    (folder / "config.json").write_text(json.dumps(config))
-    write_manifest(folder, json.loads((folder / "version.json").read_text())["version"])
-
-
-def relabel(folder: Path) -> None:
-    write_manifest(folder, 999)
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (remove_tensor, "tensor model.norm.weight is missing"),
-        (add_tensor, "tensor surplus is not in the served version"),
-        (change_shape, r"tensor model.norm.weight is F32 \[65\], must be F32 \[64\]"),
-        (change_dtype, r"tensor model.norm.weight is BF16 \[64\], must be F32 \[64\]"),
-        (flip_byte, "safetensors: content differs from the checksum"),
-        (remove_file, "safetensors: missing"),
-        (repeat_tensor, "tensor model.norm.weight is also in"),
-        (slip_in_file, "another.safetensors: not listed"),
-        (change_rope, "config.json: rope_theta = 5000.0, must be 10000.0"),
-        (relabel, "the manifest says version 999"),
-    ],
-)
-def test_bad_version_changes_nothing_and_a_good_one_follows(engine, next_version, tmp_path, damage, message):
-    good = shutil.copytree(next_version, tmp_path / "good")
-    damage(next_version)
-    version, before = engine.version, engine.logprobs(probe_sequences())
-    with pytest.raises(BadVersionError, match=message):
-        refresh(engine, next_version)
-    assert (engine.version, engine.logprobs(probe_sequences())) == (version, before)
-    assert engine.generate(requests(2))[0].version == version
-    refresh(engine, good)
-    assert largest_difference(engine.logprobs(probe_sequences()), read_parity_probe(good).logprobs) < TOLERANCE
-
-
-def test_only_a_newer_version_is_accepted(engine, next_version, tmp_path):
-    refresh(engine, next_version)
-    older = published(tmp_path / "older", 0, tied=True)
-    for folder, version in ((next_version, engine.version), (older, 0)):
-        with pytest.raises(BadVersionError, match="is not newer than version"):
-            engine.refresh(folder, version)
-
-
-def test_load_that_fails_half_way_never_serves(tmp_path, monkeypatch):
-    """A mixed model is not repaired: the engine refuses all work, and the process must be restarted."""
-    # Other positions than the other tests' models: vLLM shares the rotary module of equal ones within a process.
-    engine = start(published(tmp_path, 0, max_position_embeddings=512), 0)
-    new = published(tmp_path, 1, max_position_embeddings=512)
-
-    def torn(files, whole=worker.checkpoint_tensors):
-        yield from itertools.islice(whole(files), 8)
-        raise OSError("the disk is gone")
-
-    monkeypatch.setattr(worker, "checkpoint_tensors", torn)
-    with pytest.raises(RolloutError, match="update to version 1 failed half-way: the disk is gone"):
-        engine.refresh(new, 1)
-    monkeypatch.undo()
-    for use in (lambda: engine.generate(requests()), lambda: engine.logprobs([[3, 4]]), lambda: engine.refresh(new, 1)):
-        with pytest.raises(RolloutError, match="cannot be used any more"):
-            use()
 
 
 def test_prefix_cache_does_not_outlive_its_weights(engine, next_version):
@@ -369,19 +290,12 @@ def test_parity_check_fails_on_nan_and_on_nothing(engine):
 
 def test_not_a_number_weights_fail_parity_and_generation(tmp_path):
     folder = published(tmp_path, 0)
-    rewrite(folder, lambda tensors: tensors[NORM].fill_(float("nan")))
+    rewrite(folder, lambda tensors: tensors["model.norm.weight"].fill_(float("nan")))
     engine = start(folder, 0)
     with pytest.raises(ParityError, match="nan"):
         check_parity(engine, read_parity_probe(folder), ROLLOUT)
     with pytest.raises(RolloutError, match="unusable logprobs"):
         engine.generate(requests(1))
-
-
-def test_damaged_version_is_not_started_on(tmp_path):
-    folder = published(tmp_path, 0)
-    flip_byte(folder)
-    with pytest.raises(BadVersionError, match="content differs"):
-        start(folder, 0)
 
 
 # --- the role -------------------------------------------------------------------------------------------------------
@@ -401,7 +315,13 @@ def make_run(root: Path, models: tuple[Path, Path]) -> tuple[Config, RunDirector
             "models": {"teacher": str(models[0]), "student": str(models[1]), "dtype": "float32"},
             "prompts": {"train": "-", "heldout": "-", "max_prompt_tokens": 16},
             "rounds": {"count": 2, "samples_per_prompt": 2},
-            "rollout": {"max_new_tokens": 24, "samples_per_unit": 5, "kv_cache_gib": 0.05, "max_num_seqs": 8},
+            "rollout": {
+                "max_new_tokens": 24,
+                "samples_per_unit": 5,
+                "kv_cache_gib": 0.05,
+                "max_num_seqs": 8,
+                "threads": 1,
+            },
             "launch": {"turns": "on", "poll_seconds": 0.02},
         }
     )
@@ -447,6 +367,8 @@ def identities(shards: list) -> list[tuple[int, int]]:
 
 def test_student_sidecar_follows_the_published_versions(tmp_path, models, monkeypatch):
     config, run = make_run(tmp_path, models)
+    shutil.copytree(run.version(0), run.weights / ".staging-v000001-0badcafe")  # of a writer that was killed
+    (run.weights / ".staging-v000001-0badcafe" / "version.json").unlink()
     publisher = publish_when(lambda: run.unit("rollouts", "round_0000", 2).exists(), run, 1)
     sidecar.run(config, "student")
     publisher.join()
@@ -459,6 +381,10 @@ def test_student_sidecar_follows_the_published_versions(tmp_path, models, monkey
     events = read_metrics(run.root / "metrics")
     assert [event["event"] for event in events] == ["start", *["unit"] * 3, "refresh", *["unit"] * 3]
     assert all(event["parity_max"] < TOLERANCE for event in events if "version" in event)
+    refreshed = events[4]
+    assert (refreshed["version"], refreshed["seconds"]) == (1, refreshed["stall_seconds"])
+    assert refreshed["bytes"] == sum(file.stat().st_size for file in run.version(1).glob("*.safetensors"))
+    assert refreshed["verify_seconds"] > 0 and refreshed["stall_seconds"] > 0
 
     # Joining late: round 0 is complete and its weights are gone; a lost unit of round 1 is redone as it was.
     shutil.rmtree(run.version(0))
@@ -469,6 +395,20 @@ def test_student_sidecar_follows_the_published_versions(tmp_path, models, monkey
     # Nothing left: no engine is started.
     monkeypatch.setattr(sidecar, "RolloutEngine", None)
     sidecar.run(config, "student")
+
+
+def test_student_sidecar_ends_at_a_bad_version_and_goes_on_once_it_is_good(tmp_path, models):
+    config, run = make_run(tmp_path, models)
+    publish_when(lambda: True, run, 1).join()
+    (weights,) = run.version(1).glob("*.safetensors")
+    good = weights.read_bytes()
+    weights.write_bytes(good[:-1])
+    with pytest.raises(BadVersionError, match=r"v000001/model.safetensors: content differs"):
+        sidecar.run(config, "student")
+    assert identities(shards_of(run, "round_0000", 3)) and not run.unit("rollouts", "round_0001", 0).exists()
+    weights.write_bytes(good)
+    sidecar.run(config, "student")
+    check_shards(shards_of(run, "round_0001", 3), 1, run.version(1))
 
 
 def test_teacher_sidecar_generates_the_heldout_set(tmp_path, models):

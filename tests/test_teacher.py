@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_models import EOS, FAMILIES, VOCAB_SIZE, make_llama, make_model
+from tiny_models import EOS, FAMILIES, LLAMA3_ROPE, VOCAB_SIZE, for_transformers, make_llama, make_model
 from tiny_tokenizer import make_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from megatron_npd.buffer.shards import Shard, concatenate_ragged, read_shard, write_shard
 from megatron_npd.config import Config, load_config
+from megatron_npd.data.tokenizer import load_tokenizer
 from megatron_npd.errors import UserError
 from megatron_npd.parallel import Parallel
 from megatron_npd.schema import FinishReason, Verdict
@@ -51,7 +52,7 @@ def pairs_of(count: int) -> list[tuple[np.ndarray, np.ndarray]]:
 
 def hf_logprobs(folder: Path, prefix: np.ndarray, response: np.ndarray) -> torch.Tensor:
     """float32 [R, V] of Hugging Face, one sequence at a time, unpacked."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(for_transformers(folder), dtype=torch.float32)
     ids = torch.from_numpy(np.concatenate([prefix, response]).astype(np.int64))
     with torch.no_grad():
         return model(ids[None]).logits[0, len(prefix) - 1 : -1].log_softmax(-1)
@@ -71,15 +72,26 @@ def test_packed_nll_and_topk_equal_hugging_face(models: dict, folders: dict[str,
         np.testing.assert_allclose(annotation.tail_mass, 1 - top.values.exp().sum(-1).numpy(), atol=2e-5)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("family", FAMILIES)
+LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 3.0}
+VARIANTS: dict[str, tuple[str, dict]] = {
+    **{f"{family} tied": (family, {"tied": True}) for family in FAMILIES},
+    **{f"{family} untied": (family, {"tied": False}) for family in FAMILIES},
+    "llama with attention_bias": ("llama", {"attention_bias": True}),
+    "llama with llama3 rope": ("llama", {"rope_parameters": LLAMA3_ROPE}),
+    "qwen3 with linear rope": ("qwen3", {"rope_parameters": LINEAR_ROPE}),
+}
+
+
+@pytest.mark.parametrize(("family", "options"), VARIANTS.values(), ids=VARIANTS)
 def test_every_familys_distribution_equals_hugging_face(
-    family: str, tied: bool, parallel: Parallel, tmp_path: Path
+    family: str, options: dict, parallel: Parallel, tmp_path: Path
 ) -> None:
     """Over the whole vocabulary: the teacher's top-k with k = V. Two key-value heads, each with two query heads."""
     from megatron_npd.teacher.prefill import PrefillModel
 
-    folder = make_model(family, tmp_path, 5, tied=tied, num_attention_heads=4, num_key_value_heads=2, rope_theta=5e5)
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}} | options
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    folder = make_model(family, tmp_path / "model", 5, **heads | rope)
     pairs = pairs_of(6)
     model = PrefillModel(folder, parallel, torch.float32, "reference", VOCAB_SIZE)
     _, annotations = model.annotate(pairs, 100, VOCAB_SIZE)
@@ -187,12 +199,11 @@ def test_unconditional_prefix(tmp_path: Path) -> None:
     from megatron_npd.teacher.prefix import unconditional_prefix
 
     make_tokenizer(tmp_path)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path, trust_remote_code=False)
     header = unconditional_prefix(tokenizer, "assistant_header")
-    chat = [{"role": "user", "content": "hello"}]
-    whole = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=False)
+    (whole,) = tokenizer.chat_ids([[{"role": "user", "content": "hello"}]])
     assert header and whole[-len(header) :] == header
     assert unconditional_prefix(tokenizer, "auto") == header, "a BOS that is never prepended is no document start"
-    tokenizer.bos_token = None
+    tokenizer.encoder.bos_token = None
     with pytest.raises(UserError, match="has no BOS token"):
         unconditional_prefix(tokenizer, "bos")

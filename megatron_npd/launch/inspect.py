@@ -21,8 +21,8 @@ from megatron_npd.buffer.shards import CorruptShardError, Shard, read_shard
 from megatron_npd.buffer.versions import published_versions
 from megatron_npd.config import Config, load_config
 from megatron_npd.data.prompts import load_prompt_set, read_chats
+from megatron_npd.data.tokenizer import VOCABULARY_FILES, Tokenizer, load_tokenizer
 from megatron_npd.errors import UserError
-from megatron_npd.launch.prompts import VOCABULARY_FILES
 from megatron_npd.run_directory import RunDirectory
 from megatron_npd.schema import TEACHER_VERSION, FinishReason, Verdict
 
@@ -111,7 +111,7 @@ def _samples(run: RunDirectory, config: Config, stages: list[Stage], wanted: set
                     yield _sample(shard, row, stage.name, tokenizer, prompts)
 
 
-def _sample(shard: Shard, row: int, stage: str, tokenizer: Any, prompts: _Prompts) -> dict[str, Any]:
+def _sample(shard: Shard, row: int, stage: str, tokenizer: Tokenizer, prompts: _Prompts) -> dict[str, Any]:
     index = int(shard["prompt_index"][row])
     return {
         "stage": stage,
@@ -161,16 +161,11 @@ class _Prompts:
             self._names = self._names or []
 
 
-def _load_tokenizer(run: RunDirectory, config: Config) -> Any:
+def _load_tokenizer(run: RunDirectory, config: Config) -> Tokenizer:
     """The student's tokenizer, or that of the newest published version where the student's folder is gone."""
-    from transformers import AutoTokenizer  # takes seconds, and is needed only where there is something to show
-
     for folder in [Path(config.models.student), *map(run.version, reversed(published_versions(run)))]:
         if any((folder / name).is_file() for name in VOCABULARY_FILES):
-            try:
-                return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            except Exception as error:  # whatever a damaged or foreign file makes the loader raise
-                raise UserError(f"{folder}: its tokenizer cannot be loaded: {' '.join(str(error).split())}") from None
+            return load_tokenizer(folder, trust_remote_code=config.models.trust_remote_code)
     raise UserError(
         f"models.student = {config.models.student}: has no tokenizer, nor has a version in {run.weights}; one of them "
         f"must hold {', '.join(VOCABULARY_FILES[:-1])} or {VOCABULARY_FILES[-1]}"

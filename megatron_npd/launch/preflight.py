@@ -35,14 +35,14 @@ class Inputs:
     heldout: TokenisedPrompts
 
 
-def preflight(config: Config) -> Inputs:
-    """Check the configuration against the files it names.
+def preflight(config: Config, with_weights: bool = True) -> Inputs:
+    """Check the configuration against the files it names; `with_weights` False: the weights need not be there yet.
 
     Raises:
         UserError: the first fault found; its line names the key or file, the value and the rule.
     """
-    teacher, student = check_models(config)
-    tokenizer = shared_tokenizer(teacher, student)
+    teacher, student = check_models(config, with_weights)
+    tokenizer = shared_tokenizer(teacher, student, config.models.trust_remote_code)
     if teacher.dims.vocab_size != student.dims.vocab_size:
         logger.info(
             "vocab_size differs (teacher %d, student %d) over a shared tokenizer: padding rows, never sampled",
@@ -60,14 +60,14 @@ def preflight(config: Config) -> Inputs:
     return Inputs(teacher, student, train, heldout)
 
 
-def check_models(config: Config) -> tuple[Checkpoint, Checkpoint]:
-    """Teacher and student: whole checkpoints that fit the sizes configured.
+def check_models(config: Config, with_weights: bool = True) -> tuple[Checkpoint, Checkpoint]:
+    """Teacher and student: whole checkpoints (`with_weights` False: but for these) that fit the sizes configured.
 
     Raises:
         UserError: see `preflight`.
     """
-    teacher = check_checkpoint("models.teacher", Path(config.models.teacher))
-    student = check_checkpoint("models.student", Path(config.models.student))
+    teacher = check_checkpoint("models.teacher", Path(config.models.teacher), with_weights)
+    student = check_checkpoint("models.student", Path(config.models.student), with_weights)
     _check_splits(config, teacher, student)
     longest = config.prompts.max_prompt_tokens + config.rollout.max_new_tokens
     vocabulary = min(teacher.dims.vocab_size, student.dims.vocab_size)

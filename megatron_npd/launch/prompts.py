@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 from megatron_npd.data.prompts import read_chats
+from megatron_npd.data.tokenizer import Messages, Tokenizer, load_tokenizer
 from megatron_npd.errors import UserError
 from megatron_npd.launch.checkpoint import Checkpoint
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+logger = logging.getLogger(__name__)
 
-Chat = tuple[str, list[dict[str, Any]]]
+Chat = tuple[str, Messages]
 """A prompt's id and its messages."""
 
-VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 BATCH = 1000
 """Prompts tokenised by one call: the tokenizer works through them in parallel."""
 
@@ -34,7 +33,7 @@ class TokenisedPrompts:
         return f"{len(lengths)} prompts, {sum(lengths)} tokens, the longest {max(lengths)}"
 
 
-def shared_tokenizer(teacher: Checkpoint, student: Checkpoint) -> PreTrainedTokenizerBase:
+def shared_tokenizer(teacher: Checkpoint, student: Checkpoint, trust_remote_code: bool) -> Tokenizer:
     """The one tokenizer of teacher and student.
 
     Distillation compares the two models token by token, so the same id must mean the same text to both, prompts must
@@ -43,7 +42,10 @@ def shared_tokenizer(teacher: Checkpoint, student: Checkpoint) -> PreTrainedToke
     Raises:
         UserError: one cannot be loaded, they differ, or a model has fewer embedding rows than the tokenizer has ids.
     """
-    of_teacher, of_student = _load_tokenizer(teacher), _load_tokenizer(student)
+    of_teacher, of_student = (
+        load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code, where=str(checkpoint))
+        for checkpoint in (teacher, student)
+    )
     for rule, value, other in (
         ("vocabulary", *_vocabulary_difference(of_teacher, of_student)),
         *((name, getattr(of_teacher, name), getattr(of_student, name)) for name in ("bos_token_id", "eos_token_id")),
@@ -57,7 +59,7 @@ def shared_tokenizer(teacher: Checkpoint, student: Checkpoint) -> PreTrainedToke
             )
     if not of_student.chat_template:
         raise UserError(f"{student}: its tokenizer has no chat template; prompts cannot be framed without one")
-    ids = max(of_student.get_vocab().values()) + 1
+    ids = max(of_student.vocabulary().values()) + 1
     for checkpoint in (teacher, student):
         if checkpoint.dims.vocab_size < ids:
             raise UserError(
@@ -68,7 +70,7 @@ def shared_tokenizer(teacher: Checkpoint, student: Checkpoint) -> PreTrainedToke
 
 
 def tokenised_splits(
-    tokenizer: PreTrainedTokenizerBase, train: str, heldout: str, limit: int
+    tokenizer: Tokenizer, train: str, heldout: str, limit: int
 ) -> tuple[TokenisedPrompts, TokenisedPrompts]:
     """Read and tokenise the training and the held-out prompts; `limit` is prompts.max_prompt_tokens.
 
@@ -87,7 +89,8 @@ def tokenised_splits(
     return _tokenise(tokenizer, train, train_chats, limit), _tokenise(tokenizer, heldout, heldout_chats, limit)
 
 
-def _tokenise(tokenizer: PreTrainedTokenizerBase, path: str, chats: list[Chat], limit: int) -> TokenisedPrompts:
+def _tokenise(tokenizer: Tokenizer, path: str, chats: list[Chat], limit: int) -> TokenisedPrompts:
+    _warn_of_control_tokens(tokenizer, path, chats)
     token_ids = [ids for batch in _batches(chats) for ids in _apply_template(tokenizer, path, batch)]
     names = [name for name, _ in chats]
     too_long = [(name, len(ids)) for name, ids in zip(names, token_ids, strict=True) if len(ids) > limit]
@@ -100,41 +103,35 @@ def _tokenise(tokenizer: PreTrainedTokenizerBase, path: str, chats: list[Chat], 
     return TokenisedPrompts(names, token_ids)
 
 
-def _apply_template(tokenizer: PreTrainedTokenizerBase, path: str, chats: list[Chat]) -> list[list[int]]:
+def _warn_of_control_tokens(tokenizer: Tokenizer, path: str, chats: list[Chat]) -> None:
+    """Say where a prompt's own words hold the text of a control token: it becomes one (see `Tokenizer.chat_ids`)."""
+    quoting = [(name, token) for name, chat in chats if (token := tokenizer.quoted_control_token(chat)) is not None]
+    if quoting:
+        logger.warning(
+            "%s: %d prompts hold the text of a control token, which acts as one there as everywhere; the first is %r "
+            "with %s", path, len(quoting), *quoting[0],
+        )  # fmt: skip
+
+
+def _apply_template(tokenizer: Tokenizer, path: str, chats: list[Chat]) -> list[list[int]]:
     try:
-        return tokenizer.apply_chat_template(
-            [messages for _, messages in chats], add_generation_prompt=True, tokenize=True, return_dict=False
-        )
+        return tokenizer.chat_ids([messages for _, messages in chats])
     except Exception as error:  # a template may raise anything; find the prompt it refuses
         if len(chats) == 1:
             raise UserError(f"{path}: prompt {chats[0][0]!r}: the chat template refuses it: {error}") from None
         return [ids for chat in chats for ids in _apply_template(tokenizer, path, [chat])]
 
 
-def _load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
-    # Without this check transformers makes up an empty tokenizer from config.json.
-    if not any((checkpoint.folder / name).is_file() for name in VOCABULARY_FILES):
-        raise UserError(f"{checkpoint}: no tokenizer in it; must hold one of {', '.join(VOCABULARY_FILES)}")
-    from transformers import AutoTokenizer
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    try:
-        return AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True)
-    except Exception as error:  # whatever a damaged or foreign file makes the loader raise
-        raise UserError(f"{checkpoint}: its tokenizer cannot be loaded: {error or type(error).__name__}") from None
-
-
-def _vocabulary_difference(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> tuple[str, str]:
+def _vocabulary_difference(teacher: Tokenizer, student: Tokenizer) -> tuple[str, str]:
     """The first token, by text, whose id differs, as each of the two sees it; equal texts if there is none."""
-    ours, theirs = teacher.get_vocab(), student.get_vocab()
+    ours, theirs = teacher.vocabulary(), student.vocabulary()
     if ours == theirs:
         return "", ""
     token = min(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
     return f"{token!r} has id {ours.get(token, 'none')}", f"id {theirs.get(token, 'none')}"
 
 
-def _template_difference(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> tuple[str, str]:
+def _template_difference(teacher: Tokenizer, student: Tokenizer) -> tuple[str, str]:
     """What each template has around the first character that differs; equal texts if there is none."""
     ours, theirs = (str(tokenizer.chat_template or "") for tokenizer in (teacher, student))
     if ours == theirs:
@@ -149,5 +146,5 @@ def _batches(chats: list[Chat]) -> Iterator[list[Chat]]:
         yield chats[start : start + BATCH]
 
 
-def _text(messages: list[dict[str, Any]]) -> str:
+def _text(messages: Messages) -> str:
     return json.dumps([(message["role"], message["content"]) for message in messages])

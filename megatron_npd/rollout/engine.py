@@ -9,17 +9,24 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-import os
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_npd import activity
 from megatron_npd.config import RolloutConfig
 from megatron_npd.hf_config import read_model_dims
-from megatron_npd.rollout.plugin import BACKEND, register
-from megatron_npd.rollout.update import ServedVersion, check_update, read_version
+from megatron_npd.rollout.start import start_vllm
+from megatron_npd.rollout.update import (
+    ServedVersion,
+    StagedVersion,
+    file_states,
+    read_version,
+    require_newer,
+    require_unchanged,
+    stage_version,
+)
 from megatron_npd.schema import TEACHER_VERSION, FinishReason
 
 logger = logging.getLogger(__name__)
@@ -64,20 +71,33 @@ class RolloutEngine:
         rollout: engine sizes.
         dtype: compute dtype, `models.dtype`.
         max_model_len: longest prompt and response together, tokens; bounded by the model's positions.
+        trust_remote_code: `models.trust_remote_code`.
 
     Raises:
-        BadVersionError: the published version fails verification.
+        BadVersionError: the published version fails verification, or was changed while it was loaded.
         UserError: the checkpoint's config.json cannot be used.
     """
 
-    def __init__(self, folder: Path, version: int, rollout: RolloutConfig, dtype: str, max_model_len: int):
+    def __init__(
+        self,
+        folder: Path,
+        version: int,
+        rollout: RolloutConfig,
+        dtype: str,
+        max_model_len: int,
+        trust_remote_code: bool = False,
+    ):
         self.version = version
-        self._served: ServedVersion | None = None if version == TEACHER_VERSION else read_version(folder, version)
+        published = version != TEACHER_VERSION
+        before = file_states(folder) if published else {}
+        self._served: ServedVersion | None = read_version(folder, version) if published else None
         self._broken: str | None = None
         self._names = itertools.count()
         # vLLM wants room for one new token after a sequence that is only scored.
         length = min(max_model_len + 1, read_model_dims(folder).max_positions)
-        self._llm = _start_vllm(folder, rollout, dtype, length, updatable=self._served is not None)
+        self._llm = start_vllm(folder, rollout, dtype, length, published, trust_remote_code)
+        if published:
+            require_unchanged(folder, before)  # vLLM reads the files by itself, after they were verified
         self._llm.engine_core.set_weight_version(str(version))
 
     def generate(self, requests: list[Request]) -> list[Response]:
@@ -108,30 +128,38 @@ class RolloutEngine:
             raise RolloutError("vLLM did not return one logprob for each token")
         return scored
 
-    def refresh(self, folder: Path, version: int) -> None:
-        """Serve another, newer version from now on. All or nothing.
+    def stage(self, folder: Path, version: int) -> StagedVersion:
+        """Read a newer version into memory and verify it, in any thread, while this engine generates.
 
         Raises:
-            BadVersionError: the version is refused; the old one goes on serving.
+            BadVersionError: the version is refused.
+            RolloutError: this engine serves the teacher, or cannot be used any more.
+            MemoryError: the version does not fit into this host's memory beside what is there.
+        """
+        return stage_version(self._require_updatable(), folder, version)
+
+    def refresh(self, staged: StagedVersion) -> None:
+        """Serve a staged version from now on. All or nothing.
+
+        Raises:
+            BadVersionError: it is not newer than the served one, which goes on serving.
             RolloutError: requests are running (nothing was changed), this engine serves the teacher, or the load
                 failed half-way: then the engine refuses to work any more and the process must be restarted.
         """
-        self._require_sound()
-        if self._served is None:
-            raise RolloutError("the teacher's engine is never refreshed")
+        version = staged.version
+        require_newer(self._require_updatable(), "refresh", version)
         if self._llm.has_unfinished_requests():
             raise RolloutError(f"cannot refresh to version {version}: requests are running; each has one version")
-        new = check_update(self._served, folder, version)
         self._broken = f"the update to version {version} failed half-way"
         try:
-            self._load(new)
+            self._load(staged)
         except Exception as error:
             raise RolloutError(f"this engine cannot be used any more: {self._broken}: {error}") from error
-        self._served, self.version, self._broken = new, version, None
+        self._served, self.version, self._broken = staged.served, version, None
 
-    def _load(self, new: ServedVersion) -> None:
+    def _load(self, new: StagedVersion) -> None:
         """Replace the weights, between two steps, and everything that was computed with the old ones."""
-        files = [str(file.resolve()) for file in new.files]
+        files = [str(file) for file in new.copy.weights]
         self._llm.collective_rpc("start_weight_update")
         self._llm.collective_rpc("update_weights", kwargs={"update_info": {"files": files}})
         self._llm.collective_rpc("finish_weight_update")
@@ -155,6 +183,7 @@ class RolloutEngine:
             self._llm.add_request(name, {"prompt_token_ids": list(ids)}, params)
         outputs = {}
         while self._llm.has_unfinished_requests():
+            activity.progress()
             for output in self._llm.step():
                 outputs[keys[output.request_id]] = output
         return outputs
@@ -173,6 +202,12 @@ class RolloutEngine:
         if (reason is FinishReason.STOP) != (ids[-1] in request.stop_token_ids):
             raise RolloutError(f"a response that ended by {reason.name} ends with token {ids[-1]}")
         return Response(ids, logprobs, reason, self.version)
+
+    def _require_updatable(self) -> ServedVersion:
+        self._require_sound()
+        if self._served is None:
+            raise RolloutError("the teacher's engine is never refreshed")
+        return self._served
 
     def _require_sound(self) -> None:
         if self._broken is not None:
@@ -203,66 +238,3 @@ def _plain_output() -> dict[str, Any]:
     from vllm.sampling_params import RequestOutputKind
 
     return {"detokenize": False, "flat_logprobs": True, "output_kind": RequestOutputKind.FINAL_ONLY}
-
-
-def _start_vllm(folder: Path, rollout: RolloutConfig, dtype: str, max_model_len: int, updatable: bool) -> Any:
-    """A `vllm.LLMEngine` in this process, in seconds on a CPU: nothing is compiled there, nothing is profiled."""
-    on_cpu = _prepare_environment(rollout.threads)
-    from vllm import EngineArgs, LLMEngine
-
-    register()
-    if on_cpu:
-        sizes = {
-            "enforce_eager": True,
-            "kv_cache_memory_bytes": int(rollout.kv_cache_gib * 2**30),
-            # A prompt cut into chunks winds back its seeded generator, which torch's CPU generator cannot do.
-            "enable_chunked_prefill": False,
-            "max_num_batched_tokens": max(max_model_len, 8192),
-        }
-    else:
-        sizes = {"gpu_memory_utilization": rollout.gpu_memory_utilization}
-    return LLMEngine.from_engine_args(
-        EngineArgs(
-            model=str(folder),
-            dtype=dtype,
-            max_model_len=max_model_len,
-            max_num_seqs=rollout.max_num_seqs,
-            tensor_parallel_size=rollout.tensor_model_parallel_size,
-            skip_tokenizer_init=True,
-            generation_config="vllm",  # no sampling defaults from the checkpoint
-            logprobs_mode="raw_logprobs",
-            enable_prefix_caching=True,
-            weight_transfer_config={"backend": BACKEND} if updatable else None,
-            use_tqdm_on_load=False,
-            disable_log_stats=True,
-            **sizes,
-        )
-    )
-
-
-def _prepare_environment(threads: int) -> bool:
-    """Set what vLLM reads from the environment, before it is imported; return whether it runs on the CPU.
-
-    What the user set stands, but for what this role cannot work without.
-    """
-    # OpenMP threads that spin while they wait make a shared core ten times slower. Read when torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    import torch
-    import torch._dynamo
-
-    on_cpu = not torch.cuda.is_available()
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    if on_cpu:
-        # Sampling would wait half a minute for a C++ compiler. The variable counts only before dynamo's import.
-        os.environ["TORCH_COMPILE_DISABLE"] = "1"
-        torch._dynamo.config.disable = True
-        # Not bound to cores: the roles of one machine would all be given the same ones.
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-        os.environ["OMP_NUM_THREADS"] = str(threads)
-        torch.set_num_threads(threads)
-    # Each start on a CPU prints a dozen warnings about optional parts that it lacks.
-    level = os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR" if on_cpu else "WARNING").upper()
-    logging.getLogger("vllm").setLevel(level)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
-    return on_cpu

@@ -1,4 +1,4 @@
-"""Registers our in-place weight update with vLLM, in every process that vLLM starts.
+"""What vLLM must know of us in every process that it starts: the in-place weight update, and openPangu's configuration.
 
 `setup.py` names `register` as a `vllm.general_plugins` entry point: that reaches the worker processes of tensor
 parallelism. `RolloutEngine` also calls it, so that one process works from a plain checkout, without installation.
@@ -11,8 +11,11 @@ BACKEND = "megatron_npd"
 
 
 def register() -> None:
-    """Tell vLLM where `CheckpointUpdateEngine` is. May be called any number of times; imports nothing heavy."""
+    """Register with vLLM and transformers. May be called any number of times."""
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
+    from megatron_npd.rollout.openpangu_config import register_openpangu
+
+    register_openpangu()
     if BACKEND not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(BACKEND, "megatron_npd.rollout.worker", "CheckpointUpdateEngine")

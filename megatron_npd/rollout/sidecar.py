@@ -13,7 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_npd.activity import doing
+from megatron_npd.buffer.listing import is_finished
 from megatron_npd.buffer.plan import Plan, Stage, make_plan, sampling_seed
+from megatron_npd.buffer.retention import has_room
 from megatron_npd.buffer.shards import Shard, concatenate_ragged, write_shard
 from megatron_npd.buffer.versions import published_versions, read_parity_probe
 from megatron_npd.buffer.waiting import turn, turn_lock, wait_for
@@ -21,7 +24,7 @@ from megatron_npd.buffer.work import take_units
 from megatron_npd.config import Config
 from megatron_npd.data.prompts import PromptSet, load_prompt_set
 from megatron_npd.hf_config import eos_token_ids
-from megatron_npd.observe.metrics import Metrics
+from megatron_npd.observe.metrics import Metrics, metrics_file
 from megatron_npd.rollout.engine import Request, Response, RolloutEngine
 from megatron_npd.rollout.parity import Parity, check_parity
 from megatron_npd.run_directory import RunDirectory
@@ -47,7 +50,7 @@ class Sidecar:
 
     def undone(self, stage: Stage) -> bool:
         """Whether a unit of the stage is missing."""
-        return any(not self.run.unit("rollouts", stage.name, unit).exists() for unit in range(stage.units))
+        return not is_finished(self.run, "rollouts", stage)
 
 
 def run(config: Config, policy: str) -> None:
@@ -95,7 +98,7 @@ def _prepare(config: Config, role: str) -> Sidecar:
         prompts=prompts,
         plan=make_plan(config, len(prompts["train"]), len(prompts["heldout"])),
         stop_ids=eos_token_ids(config.models.student),
-        metrics=Metrics(run.metrics(role), role=role),
+        metrics=Metrics(metrics_file(run, role), role=role),
         lock=turn_lock(config, run),
     )
 
@@ -120,38 +123,49 @@ def _start_on_published(sidecar: Sidecar, wanted: int) -> RolloutEngine:
 def _start_engine(sidecar: Sidecar, folder: Path, version: int) -> RolloutEngine:
     config, since = sidecar.config, time.monotonic()
     longest = config.prompts.max_prompt_tokens + config.rollout.max_new_tokens
-    engine = RolloutEngine(folder, version, config.rollout, config.models.dtype, longest)
-    parity = None if version == TEACHER_VERSION else _check_parity(sidecar, engine)
+    models = config.models
+    with doing("starting an engine on " + ("the teacher" if version == TEACHER_VERSION else f"version {version}")):
+        engine = RolloutEngine(folder, version, config.rollout, models.dtype, longest, models.trust_remote_code)
+        parity = None if version == TEACHER_VERSION else check_parity(engine, read_parity_probe(folder), config.rollout)
     _report(sidecar, "start", engine, parity, time.monotonic() - since)
     return engine
 
 
 def _reach_version(sidecar: Sidecar, engine: RolloutEngine, wanted: int) -> None:
-    """Wait for version `wanted` and serve it."""
+    """Wait for version `wanted` and serve it. It is read and verified before this role takes its turn."""
     if engine.version == wanted:
         return
     folder = sidecar.run.version(wanted)
     wait_for(f"policy version {wanted}", lambda: folder.is_dir() or None, sidecar.config.launch.poll_seconds)
-    with turn(sidecar.lock):
+    with doing(f"moving to version {wanted}"), engine.stage(folder, wanted) as staged, turn(sidecar.lock):
         since = time.monotonic()
-        engine.refresh(folder, wanted)
-        parity = _check_parity(sidecar, engine)
-    _report(sidecar, "refresh", engine, parity, time.monotonic() - since)
-
-
-def _check_parity(sidecar: Sidecar, engine: RolloutEngine) -> Parity:
-    probe = read_parity_probe(sidecar.run.version(engine.version))
-    return check_parity(engine, probe, sidecar.config.rollout)
+        engine.refresh(staged)
+        parity = check_parity(engine, staged.probe, sidecar.config.rollout)
+        stall = time.monotonic() - since
+        figures = {"bytes": staged.copy.weight_bytes, "verify_seconds": staged.seconds, "stall_seconds": stall}
+    _report(sidecar, "refresh", engine, parity, stall, **figures)
 
 
 def _work_off(sidecar: Sidecar, engine: RolloutEngine, stage: Stage) -> None:
     """Generate the units of a stage that nobody else does."""
     for unit in take_units(sidecar.run, sidecar.config, "rollouts", stage):
-        with turn(sidecar.lock):
+        _wait_for_room(sidecar, stage)
+        with doing(f"generating {stage.name}, unit {unit + 1} of {stage.units}"), turn(sidecar.lock):
             since = time.monotonic()
             shard = _generate_unit(sidecar, engine, stage, unit)
             write_shard(sidecar.run.unit("rollouts", stage.name, unit), shard)
         _report_unit(sidecar, stage, shard, unit, time.monotonic() - since)
+
+
+def _wait_for_room(sidecar: Sidecar, stage: Stage) -> None:
+    """Stay behind while the buffer is full and the trainer still has earlier stages to use up."""
+    gib = sidecar.config.buffer.max_gib
+
+    def look() -> bool | None:
+        return has_room(sidecar.run, sidecar.plan, stage, int(gib * 2**30)) or None
+
+    if not look():
+        wait_for(f"the shards to take less than buffer.max_gib = {gib}", look, sidecar.config.launch.poll_seconds)
 
 
 def _generate_unit(sidecar: Sidecar, engine: RolloutEngine, stage: Stage, unit: int) -> Shard:
@@ -194,9 +208,12 @@ def make_shard(
     return Shard("rollouts", typed, {"stage": stage, "unit": unit})
 
 
-def _report(sidecar: Sidecar, event: str, engine: RolloutEngine, parity: Parity | None, seconds: float) -> None:
+def _report(
+    sidecar: Sidecar, event: str, engine: RolloutEngine, parity: Parity | None, seconds: float, **figures: float
+) -> None:
     """Log and record that the engine serves a version, `event` start or refresh."""
-    figures = {"parity_mean": parity.mean, "parity_max": parity.max} if parity else {}
+    if parity:
+        figures |= {"parity_mean": parity.mean, "parity_max": parity.max}
     sidecar.metrics.log(event, version=engine.version, seconds=seconds, **figures)
     served = "the teacher" if engine.version == TEACHER_VERSION else f"version {engine.version}"
     agreement = (

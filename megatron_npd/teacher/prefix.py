@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from megatron_npd.data.tokenizer import Tokenizer
 from megatron_npd.errors import UserError
 
 
-def unconditional_prefix(tokenizer: Any, mode: str) -> list[int]:
+def unconditional_prefix(tokenizer: Tokenizer, mode: str) -> list[int]:
     """Token ids before the response in the unconditional pass; at least one, so that its first token is scored.
 
     `mode` is `selection.unconditional_prefix`: with "auto", BOS where the tokenizer itself prepends one to plain text,
@@ -19,15 +18,13 @@ def unconditional_prefix(tokenizer: Any, mode: str) -> list[int]:
     """
     bos = tokenizer.bos_token_id
     if mode == "auto":
-        plain = tokenizer("a").input_ids
-        mode = "bos" if bos is not None and plain and plain[0] == bos else "assistant_header"
+        mode = "bos" if tokenizer.prepends_bos else "assistant_header"
     if mode == "bos":
         if bos is None:
             raise UserError("selection.unconditional_prefix = 'bos': the tokenizer has no BOS token")
         return [int(bos)]
     chat = [{"role": "user", "content": "a"}]
-    without = tokenizer.apply_chat_template(chat, add_generation_prompt=False, tokenize=True, return_dict=False)
-    whole = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=False)
+    (without,), (whole,) = (tokenizer.chat_ids([chat], add_generation_prompt=prompt) for prompt in (False, True))
     header = [int(token) for token in whole[len(without) :]]
     if whole[: len(without)] != without or not header:
         raise UserError(

@@ -1,0 +1,78 @@
+"""Starting vLLM inside this process: what it reads from the environment, and the options this role needs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+from megatron_npd.config import RolloutConfig
+from megatron_npd.rollout.plugin import BACKEND, register
+
+
+def start_vllm(
+    folder: Path, rollout: RolloutConfig, dtype: str, max_model_len: int, updatable: bool, trust_remote_code: bool
+) -> Any:
+    """A `vllm.LLMEngine` in this process, in seconds on a CPU: nothing is compiled there, nothing is profiled."""
+    on_cpu = _prepare_environment(rollout.threads)
+    from vllm import EngineArgs, LLMEngine
+
+    register()
+    if on_cpu:
+        sizes = {
+            "enforce_eager": True,
+            "kv_cache_memory_bytes": int(rollout.kv_cache_gib * 2**30),
+            # A prompt cut into chunks winds back its seeded generator, which torch's CPU generator cannot do.
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(max_model_len, 8192),
+        }
+    else:
+        sizes = {"gpu_memory_utilization": rollout.gpu_memory_utilization}
+    return LLMEngine.from_engine_args(
+        EngineArgs(
+            model=str(folder),
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            max_model_len=max_model_len,
+            max_num_seqs=rollout.max_num_seqs,
+            tensor_parallel_size=rollout.tensor_model_parallel_size,
+            skip_tokenizer_init=True,
+            generation_config="vllm",  # no sampling defaults from the checkpoint
+            logprobs_mode="raw_logprobs",
+            enable_prefix_caching=True,
+            weight_transfer_config={"backend": BACKEND} if updatable else None,
+            use_tqdm_on_load=False,
+            disable_log_stats=True,
+            **sizes,
+        )
+    )
+
+
+def _prepare_environment(threads: int) -> bool:
+    """Set what vLLM reads from the environment, before it is imported; return whether it runs on the CPU.
+
+    What the user set stands, but for what this role cannot work without.
+    """
+    # OpenMP threads that spin while they wait make a shared core ten times slower. Read when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    import torch
+    import torch._dynamo
+
+    on_cpu = not torch.cuda.is_available()
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if on_cpu:
+        # Sampling would wait half a minute for a C++ compiler. The variable counts only before dynamo's import.
+        os.environ["TORCH_COMPILE_DISABLE"] = "1"
+        torch._dynamo.config.disable = True
+        # Not bound to cores: the roles of one machine would all be given the same ones.
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        torch.set_num_threads(threads)
+    # Each start on a CPU prints a dozen warnings about optional parts that it lacks.
+    level = os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR" if on_cpu else "WARNING").upper()
+    logging.getLogger("vllm").setLevel(level)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
+    return on_cpu
