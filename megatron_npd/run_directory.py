@@ -7,21 +7,32 @@ rollouts/STAGE/unit_000004.safetensors   responses, as generated
 samples/STAGE/unit_000004.safetensors    the same, scored, judged and annotated
 evaluation/v000003.json              held-out KL of version 3
 leases/KIND/STAGE/unit_000004.json   who works on what
-checkpoints/iter_0000120/            Megatron torch_dist checkpoint and run state
+checkpoints/iter_0000120/            Megatron torch_dist checkpoint and run state; latest.txt names the current one
+rendezvous/NAME                      where the ranks of one start under Slurm find each other; gone when they have
+status/ROLE.RANK.HOST.PID.json       what each living process is doing (see `heartbeat`)
 metrics/ROLE.jsonl  logs/ROLE.log  tensorboard/  student_hf/  summary.json  report.html
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 HELDOUT_STAGE = "heldout"
 WARMUP_STAGE = "warmup"
+
+LATEST_CHECKPOINT = "latest.txt"
+"""In checkpoints/: name of the current one."""
+CHECKPOINT_STATE = "run_state.json"
+"""In a checkpoint: where in the plan the run stands."""
+
+_PROBE_BYTES = 1 << 20
 
 
 def round_stage(index: int) -> str:
@@ -70,11 +81,28 @@ class RunDirectory:
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
 
+    def meeting(self, name: str) -> Path:
+        """Where rank 0 of one start writes the address it listens on; `name` is that start's alone."""
+        return self.root / "rendezvous" / name
+
     def metrics(self, role: str) -> Path:
         return self.root / "metrics" / f"{role}.jsonl"
 
     def log(self, role: str) -> Path:
         return self.root / "logs" / f"{role}.log"
+
+    @property
+    def status_folder(self) -> Path:
+        return self.root / "status"
+
+    def status(self, role: str, rank: int, host: str, pid: int) -> Path:
+        """A process's sign of life."""
+        return self.status_folder / f"{role}.{rank}.{host}.{pid}.json"
+
+    @property
+    def supervisor_lock(self) -> Path:
+        """Held by the one supervisor that works here; names its process."""
+        return self.root / "supervisor.lock"
 
     @property
     def tensorboard(self) -> Path:
@@ -109,20 +137,69 @@ def fsync_folder(folder: Path) -> None:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that it appears whole or not at all: temporary name, fsync, rename, fsync of the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
+    """Write a file so that it appears whole or not at all, replacing one that is there: temporary name, fsync, rename,
+    fsync of the folder."""
+    with _temporary_file(path, lambda temporary: temporary.write_bytes(content)) as temporary:
         os.rename(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
     fsync_folder(path.parent)
+
+
+def create_atomically(path: Path, write: Callable[[Path], object]) -> bool:
+    """Like `write_atomically`, but a file that is there stays as it is: then False, and nothing was written.
+
+    `write` fills the file of the path it is given. A hard link appears at once and never replaces. Where the filesystem
+    has none, two writers at the very same moment may both succeed, and the file of the later one stays.
+    """
+    with _temporary_file(path, write) as temporary:
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            # NFS may have done it, lost its answer, and been asked again.
+            created = os.path.samefile(temporary, path)
+        except OSError:
+            created = not path.exists()
+            if created:
+                os.rename(temporary, path)
+        else:
+            created = True
+    if created:
+        fsync_folder(path.parent)
+    return created
+
+
+@contextlib.contextmanager
+def _temporary_file(path: Path, write: Callable[[Path], object]) -> Iterator[Path]:
+    """A durable file beside `path`, which must be renamed or linked within the block: what is left of it is removed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "rb") as file:
+            os.fchmod(file.fileno(), 0o644)
+            write(Path(name))
+            os.fsync(file.fileno())
+        yield Path(name)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk alone does not tell which
+        raise
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+
+
+def probe_writing(folder: Path) -> None:
+    """Write a little into a folder and take it away again.
+
+    Raises:
+        OSError: why nothing can be written there.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(_PROBE_BYTES))
+            probe.flush()
+            os.fsync(probe.fileno())
+    except OSError as error:
+        error.filename = str(folder)
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
@@ -17,13 +15,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from shard_factory import equal, make_shard
 
-from megatron_npd.buffer.leases import lease
 from megatron_npd.buffer.plan import make_plan, sampling_seed, training_order
-from megatron_npd.buffer.shards import CorruptShardError, Shard, read_or_quarantine, read_shard, write_shard
+from megatron_npd.buffer.shards import CorruptShardError, read_or_quarantine, read_shard, write_shard
 from megatron_npd.config import Config
 from megatron_npd.run_directory import RunDirectory
-from megatron_npd.schema import COLUMNS
 
 
 def make_config(run: Path | str = "run", **sections: dict[str, object]) -> Config:
@@ -35,27 +32,6 @@ def make_config(run: Path | str = "run", **sections: dict[str, object]) -> Confi
             "annotator": {"pack_length": 4096},
         }
         | sections
-    )
-
-
-def make_shard(kind: str, rows: int = 3) -> Shard:
-    """A shard with every column of its kind; row i has i + 1 prompt tokens, i response tokens, 2 kept rows' top-k."""
-    totals = {"N": rows, "P": rows * (rows + 1) // 2, "R": rows * (rows - 1) // 2, "A": 1, "K": 2, "N+1": rows + 1}
-    generator = np.random.default_rng(0)
-    columns = {
-        name: generator.integers(0, 50, [totals[letter] for letter in dimensions.split(",")]).astype(dtype)
-        for name, (dtype, dimensions) in COLUMNS[kind].items()
-    }
-    columns["prompt_offsets"] = np.arange(rows + 1).cumsum()
-    columns["response_offsets"] = np.array([0, *np.arange(rows).cumsum()])
-    if kind == "samples":
-        columns["topk_offsets"] = np.array([0] * rows + [1])
-    return Shard(kind, columns, {"stage": "round_0000", "unit": 4})
-
-
-def equal(a: Shard, b: Shard) -> bool:
-    return (a.kind, a.metadata) == (b.kind, b.metadata) and all(
-        np.array_equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in COLUMNS[a.kind]
     )
 
 
@@ -114,7 +90,7 @@ def test_every_truncation_is_detected(tmp_path: Path) -> None:
 
 def test_a_shard_of_another_kind_or_place_is_refused(tmp_path: Path) -> None:
     write_shard(tmp_path / "unit", make_shard("rollouts"))
-    with pytest.raises(CorruptShardError, match="rollouts of schema 1, expected samples"):
+    with pytest.raises(CorruptShardError, match="rollouts of schema 2, expected samples"):
         read_shard(tmp_path / "unit", "samples")
 
 
@@ -149,48 +125,6 @@ def test_a_corrupt_shard_is_set_aside(tmp_path: Path, caplog: pytest.LogCaptureF
         assert read_or_quarantine(path, "rollouts") is None
     assert "will be redone" in caplog.text
     assert [entry.name for entry in tmp_path.iterdir()] == ["unit_000000.safetensors.quarantined"]
-
-
-# --- leases ---
-
-
-def test_a_lease_has_one_holder(tmp_path: Path) -> None:
-    path = tmp_path / "leases" / "unit.json"
-    with lease(path, 60) as first, lease(path, 60) as second:
-        assert (first, second) == (True, False)
-    assert not path.exists()
-    with lease(path, 60) as third:
-        assert third
-
-
-def test_a_lease_nobody_touches_is_taken_over(tmp_path: Path) -> None:
-    path = tmp_path / "unit.json"
-    path.write_text("{}")
-    with lease(path, 5) as held:
-        assert not held
-    os.utime(path, (time.time() - 6, time.time() - 6))
-    with lease(path, 5) as held:
-        assert held
-        assert str(os.getpid()) in path.read_text()
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_lease_is_kept_alive_while_its_holder_works(tmp_path: Path) -> None:
-    path = tmp_path / "unit.json"
-    with lease(path, 0.6) as held:
-        assert held
-        until = time.monotonic() + 1.5
-        while time.monotonic() < until:
-            with lease(path, 0.6) as other:
-                assert not other
-            time.sleep(0.05)
-
-
-def test_a_lease_is_returned_by_a_holder_that_fails(tmp_path: Path) -> None:
-    path = tmp_path / "unit.json"
-    with pytest.raises(RuntimeError), lease(path, 60):
-        raise RuntimeError
-    assert not path.exists()
 
 
 # --- the plan ---

@@ -14,6 +14,7 @@ import pytest
 from matplotlib.collections import PathCollection
 
 from megatron_npd.buffer.plan import Stage, make_plan
+from megatron_npd.buffer.retention import retire_stages
 from megatron_npd.buffer.shards import Shard, concatenate_ragged, write_shard
 from megatron_npd.config import Config
 from megatron_npd.data.prompts import save_prompt_set
@@ -91,6 +92,16 @@ def finished(started: tuple[RunDirectory, Config], clock: Clock) -> tuple[RunDir
         write_json(run.evaluation(version), figures)
     write_metrics(run, config, clock)
     return run, config
+
+
+def test_figures_outlive_the_shards(finished: tuple[RunDirectory, Config]) -> None:
+    run, config = finished
+    before = summarise(run, config)
+    plan = make_plan(config, PROMPTS, PROMPTS)
+    retire_stages(run, plan, [stage.name for stage in plan.training_stages], keep=1)
+    assert not run.unit("samples", "round_0000", 0).exists() and run.unit("samples", "round_0001", 0).exists()
+    after = summarise(run, config)
+    assert {key: after[key] for key in before} == before
 
 
 def make_tokenizer(folder: Path) -> Path:
@@ -237,7 +248,7 @@ def write_metrics(run: RunDirectory, config: Config, clock: Clock) -> None:
                 values["near_policy/kl"] = 0.01 * (again + 1)
             log("trainer", "step", 4.0, step=number + again + 1, stage=stage.name, **values)
         number += 6
-        log("trainer", "publish", 1.0, version=version + 1, bytes=148_000_000)
+        log("trainer", "publish", 1.0, version=version + 1, bytes=148_000_000, stall_seconds=1.0)
         log("annotator", "evaluation", 1.0, version=version + 1, heldout_kl=HELDOUT_KL[version + 1], tokens=900)
     log("trainer", "checkpoint", 1.5)
 
@@ -269,6 +280,7 @@ def test_summary_of_a_finished_run(finished: tuple[RunDirectory, Config]) -> Non
     busy = sum(seconds for role in wall if role != "total" for seconds in wall[role].values())
     assert wall["total"] == pytest.approx(busy), "in this run one role works at a time"
     assert summary["near_policy_kl"] == {"max": 0.06, "last": 0.06}
+    assert summary["publishing"]["2"] == {"bytes": 148_000_000, "seconds": 1.0, "stall_seconds": 1.0}
     assert summary["parity"]["2"] == {"mean": 0.02, "max": 0.2}
     assert summary["attention_backend"] == "reference" and summary["versions"] == {"torch": "2.13.0"}
 
@@ -282,6 +294,7 @@ def test_the_page_is_whole_and_escaped(finished: tuple[RunDirectory, Config]) ->
     assert page.count("data:image/svg+xml;base64,") == 6 and "Nothing to draw" not in page
     assert "<script" not in page and "run <b>" not in page and "run &lt;b&gt;" in page
     assert "http" not in page, "self-contained"
+    assert "1.0 s, of which training stood still 1.0 s" in page
     assert "4.000 → 2.000 → 1.000" in page and "75.0% less" in page
 
 

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_buffer import make_config, make_shard
+from shard_factory import make_shard
+from test_buffer import make_config
 
 from megatron_npd.buffer.plan import Stage
 from megatron_npd.buffer.shards import (
@@ -184,7 +185,7 @@ def test_a_shard_of_another_kind_or_schema_is_refused(tmp_path: Path, key: str) 
     header["__metadata__"]["npd"] = json.dumps(json.loads(header["__metadata__"]["npd"]) | {key: "rollouts"})
     changed = json.dumps(header).encode()
     path.write_bytes(len(changed).to_bytes(8, "little") + changed + content[8 + length :])
-    with pytest.raises(CorruptShardError, match="expected samples of schema 1"):
+    with pytest.raises(CorruptShardError, match="expected samples of schema 2"):
         ShardFile(path, "samples")
 
 
@@ -282,6 +283,7 @@ def test_a_shard_that_vanished_or_changed_is_named(tmp_path: Path, was_open: boo
     path.write_bytes(content[:-1])
     with pytest.raises(ValueError, match=r"unit_000000\.safetensors: not a readable shard"):
         index.read([0])
+    path.unlink()
     write_shard(path, make_unit(SIZES, 99))
     with pytest.raises(ValueError, match=r"unit_000000\.safetensors: changed since the stage was opened"):
         index.read([0])
@@ -295,6 +297,7 @@ def spoil(run: RunDirectory, stage: Stage, columns: dict[str, object], metadata:
     shard = make_unit(SIZES, 0)
     for name, values in columns.items():
         shard.columns[name] = np.array(values, dtype=shard[name].dtype)
+    run.unit("samples", stage.name, 0).unlink()  # a shard that is there is never replaced
     write_shard(run.unit("samples", stage.name, 0), Shard("samples", shard.columns, metadata))
 
 

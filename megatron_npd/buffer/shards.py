@@ -1,14 +1,14 @@
 """Shards: checksummed safetensors files of samples, written atomically.
 
-The file's metadata holds JSON under the key `npd` with the schema version, the kind, and a SHA-256 over that
-metadata and every column's name, dtype, shape and bytes. No pickle, no torch.
+The file's metadata holds JSON under the key `npd` with the schema version, the kind, and an XXH3 checksum (128 bits; it
+finds damage, it is no defence against a forger) over that metadata and every column's name, dtype, shape and bytes. No
+pickle, no torch.
 
 `read_shard` reads and verifies a whole file. `ShardFile` reads single rows of a file that was verified before.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import logging
@@ -21,9 +21,10 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from safetensors.numpy import load, save_file
+from xxhash import xxh3_128
 
-from megatron_npd.run_directory import fsync_folder, write_atomically
+from megatron_npd.run_directory import create_atomically, fsync_folder
 from megatron_npd.schema import COLUMNS, SCHEMA_VERSION
 
 logger = logging.getLogger(__name__)
@@ -67,8 +68,11 @@ class Shard:
         return self.ragged("response_ids", row, "response_offsets")
 
 
-def write_shard(path: Path, shard: Shard) -> None:
-    """Write a shard atomically.
+def write_shard(path: Path, shard: Shard) -> bool:
+    """Write a shard atomically, unless one is there already: redone work never replaces what somebody may have read.
+
+    Returns:
+        Whether this shard is now the one at `path`.
 
     Raises:
         ValueError: columns do not match the schema of the shard's kind (a programming error).
@@ -76,8 +80,12 @@ def write_shard(path: Path, shard: Shard) -> None:
     _check_columns(shard.kind, shard.columns)
     columns = {name: np.ascontiguousarray(column) for name, column in shard.columns.items()}
     header = {"schema_version": SCHEMA_VERSION, "kind": shard.kind, **shard.metadata}
-    header["sha256"] = _digest(header, columns)
-    write_atomically(path, save(columns, metadata={"npd": json.dumps(header)}))
+    header["xxh3"] = _digest(header, columns)
+    metadata = {"npd": json.dumps(header)}
+    created = create_atomically(path, lambda temporary: save_file(columns, temporary, metadata))
+    if not created:
+        logger.warning("%s: another worker finished it first; this result is dropped", path)
+    return created
 
 
 def read_shard(path: Path, kind: str) -> Shard:
@@ -91,7 +99,7 @@ def read_shard(path: Path, kind: str) -> Shard:
         header_length = int.from_bytes(content[:8], "little")
         header = json.loads(json.loads(content[8 : 8 + header_length])["__metadata__"]["npd"])
         columns = load(content)
-        claimed = header.pop("sha256")
+        claimed = header.pop("xxh3")
         actual = _digest(header, columns)
     except (SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise CorruptShardError(f"{path}: not a readable shard ({error})") from None
@@ -126,7 +134,7 @@ class ShardFile:
         self._identity = _identity(os.fstat(self._file.fileno()))
         try:
             header, self._columns = self._read_header()
-            self.checksum: str = header.pop("sha256")
+            self.checksum: str = header.pop("xxh3")
             self.metadata = _metadata(path, kind, header)
             _check_shapes(kind, {name: (dtype, shape) for name, (dtype, shape, _) in self._columns.items()})
         except CorruptShardError:
@@ -190,13 +198,15 @@ class ShardFile:
 
 def read_or_quarantine(path: Path, kind: str) -> Shard | None:
     """Read a shard, or move a corrupt one aside (`.quarantined`) so that its work is redone; None then."""
+    found = _identity(os.stat(path))
     try:
         return read_shard(path, kind)
     except CorruptShardError as error:
         aside = path.with_name(path.name + ".quarantined")
-        logger.error("quarantined a shard, its work will be redone: %s -> %s", error, aside.name)
-        os.replace(path, aside)
-        fsync_folder(path.parent)
+        if path.exists() and _identity(os.stat(path)) == found:  # else it was redone since, by somebody faster
+            logger.error("quarantined a shard, its work will be redone: %s -> %s", error, aside.name)
+            os.replace(path, aside)
+            fsync_folder(path.parent)
         return None
 
 
@@ -209,11 +219,11 @@ def concatenate_ragged(parts: list[np.ndarray], dtype: str) -> tuple[np.ndarray,
 
 
 def _digest(header: Mapping[str, Any], columns: Mapping[str, np.ndarray]) -> str:
-    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    digest = xxh3_128(json.dumps(header, sort_keys=True).encode())
     for name in sorted(columns):
         column = columns[name]
         digest.update(f"{name} {column.dtype.str} {column.shape}".encode())
-        digest.update(column.tobytes())
+        digest.update(np.ascontiguousarray(column).reshape(-1).view(np.uint8))
     return digest.hexdigest()
 
 

@@ -11,26 +11,45 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
+from megatron_npd.activity import waiting
 from megatron_npd.config import Config
 from megatron_npd.run_directory import RunDirectory
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
+SAY_AGAIN_SECONDS = 30.0
 
 
 def wait_for(what: str, look: Callable[[], T | None], poll_seconds: float = 0.2) -> T:
-    """Call `look` until it returns something; say what is waited for, at once and then every 30 s."""
-    since = said = time.monotonic()
+    """Call `look` until it returns something; say what is waited for, in the log (`explained`) and to `npd status`."""
     found = look()
-    if found is None:
-        logger.info("waiting for %s", what)
-    while found is None:
-        time.sleep(poll_seconds)
-        found = look()
-        if time.monotonic() - said > 30:
+    if found is not None:
+        return found
+    with explained(what) as still:
+        while found is None:
+            time.sleep(poll_seconds)
+            still()
+            found = look()
+    return found
+
+
+@contextlib.contextmanager
+def explained(what: str) -> Iterator[Callable[[], None]]:
+    """Say that this process waits: at once, every 30 s as long as the function is called that is yielded, and at the
+    end of a wait that took as long."""
+    since = said = time.monotonic()
+
+    def still() -> None:
+        nonlocal said
+        if time.monotonic() - said > SAY_AGAIN_SECONDS:
             said = time.monotonic()
             logger.info("still waiting for %s, since %.0f s", what, said - since)
-    return found
+
+    logger.info("waiting for %s", what)
+    with waiting(what):
+        yield still
+    if said > since:
+        logger.info("waited %.0f s for %s", time.monotonic() - since, what)
 
 
 @contextlib.contextmanager
@@ -44,7 +63,11 @@ def turn(lock: Path | None) -> Iterator[None]:
         yield
         return
     with open(lock, "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with waiting("its turn to compute: the roles of this machine share its cores"):
+                fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 

@@ -12,12 +12,15 @@ from collections.abc import Iterable
 
 import numpy as np
 
-SHARE_STEPS = 16
-"""Fineness of the share of positions that `pack_balanced` places by cost: 1/16."""
+SHARE_STEPS = 8
+"""Fineness of the share of positions that `pack_balanced` places by cost: 1/8."""
 
 SHARES_FOR_FEWER = (0.8, 0.6)
 """Shares tried with fewer packs than best fit's. That rarely succeeds (on 1 in 20 sets of samples that best fit left
 above the lower bound, at whatever share), so it is not tried long."""
+
+FEWER_IS_WORTH = 1e-3
+"""Fewer packs than best fit's are looked for only where they might be fewer by this share."""
 
 
 def pack(lengths: np.ndarray, capacity: int) -> list[list[int]]:
@@ -74,6 +77,7 @@ def pack_balanced(lengths: np.ndarray, capacity: int, costs: np.ndarray) -> list
         return packs and [members for members in packs if members]
 
     gap = len(best_fit) - -(-total // capacity)
+    gap = gap if gap >= FEWER_IS_WORTH * len(best_fit) else 0
     for count in sorted({len(best_fit) - gap * quarter // 4 for quarter in (1, 2, 3, 4)} - {len(best_fit)}):
         for share in SHARES_FOR_FEWER:
             if packs := attempt(count, share):

@@ -15,6 +15,7 @@ Keys of `summarise`, in nats a token, seconds and tokens unless said otherwise:
         response tokens for the rollout roles}
     wall_seconds_by_phase {role: {stage or event: busy seconds}, total: first to last record}
     near_policy_kl {max, last}, parity {version: {mean, max}}
+    publishing {version: {bytes, seconds until it was visible, stall_seconds of training}}
     attention_backend, versions {package: version}, git_commit, settings {what a reader needs to judge the figures}
 """
 
@@ -23,7 +24,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from megatron_npd.buffer.plan import make_plan
+from megatron_npd.buffer.retention import collected
 from megatron_npd.buffer.versions import BadVersionError, read_header
 from megatron_npd.config import Config
-from megatron_npd.observe.metrics import read_metrics
+from megatron_npd.observe.metrics import busy_span, read_metrics
 from megatron_npd.observe.plots import distinct_steps
 from megatron_npd.observe.report import render_report
 from megatron_npd.run_directory import WARMUP_STAGE, RunDirectory, read_json, round_stage, write_json
@@ -68,6 +70,7 @@ def summarise(run: RunDirectory, config: Config) -> dict[str, Any]:
         "tokens_per_second_by_role": _tokens_per_second(records),
         "wall_seconds_by_phase": _wall_seconds(records),
         "parity": _parity(records),
+        "publishing": _publishing(records),
         "attention_backend": starts[-1].get("attention_backend") if starts else None,
         "versions": provenance.get("packages"),
         "git_commit": provenance.get("git_commit"),
@@ -102,22 +105,48 @@ def _rollouts(run: RunDirectory) -> dict[str, Any]:
         generated = _generated(run, round_stage(index))
         if generated is None:
             break
-        judged = _by_verdict(scores["verdict"][scores["round"] == index])
+        judged = _judged(run, round_stage(index), scores["verdict"][scores["round"] == index])
         by_round[round_stage(index)] = {"generated": generated, **judged}
-    whole = _by_verdict(scores["verdict"])
-    warmup = [
-        _read_columns(path, ("verdict",)).get("verdict", np.zeros(0))
-        for path in sorted(run.unit("samples", WARMUP_STAGE, 0).parent.glob("unit_*.safetensors"))
-    ]
+    whole = _sum_of(list(by_round.values()))
+    judged_rounds = sum(stage["kept"] is not None for stage in by_round.values())
+    warmup = _judged(
+        run,
+        WARMUP_STAGE,
+        np.concatenate(
+            [np.zeros(0, np.uint8)]
+            + [
+                _read_columns(path, ("verdict",)).get("verdict", np.zeros(0, np.uint8))
+                for path in sorted(run.unit("samples", WARMUP_STAGE, 0).parent.glob("unit_*.safetensors"))
+            ]
+        ),
+    )
     return {
         "rollouts_generated": sum(stage["generated"] for stage in by_round.values()) if by_round else None,
         "rollouts_kept": whole["kept"],
         "rollouts_rejected": whole["rejected"],
         "rollouts_by_round": by_round or None,
-        "refreshes": len(np.unique(scores["policy_version"])) - 1 if len(scores["verdict"]) else None,
+        "refreshes": judged_rounds - 1 if judged_rounds else None,  # each round is of one version
         "warmup_responses": _generated(run, WARMUP_STAGE),
-        "warmup_kept": sum(int(np.sum(part == Verdict.KEPT)) for part in warmup) if warmup else None,
+        "warmup_kept": warmup["kept"],
     }
+
+
+def _judged(run: RunDirectory, stage: str, verdicts: np.ndarray) -> dict[str, Any]:
+    """`_by_verdict` of a stage; of one whose shards were collected, from the figures that stayed."""
+    figures = collected(run, "samples", stage)
+    if figures is None:
+        return _by_verdict(verdicts)
+    counts = dict(figures["verdicts"])
+    return {"kept": counts.pop("kept"), "rejected": counts}
+
+
+def _sum_of(stages: list[dict[str, Any]]) -> dict[str, Any]:
+    """Kept and rejected of all rounds that were judged; None where none was."""
+    judged = [stage for stage in stages if stage["kept"] is not None]
+    if not judged:
+        return {"kept": None, "rejected": None}
+    reasons = sum((Counter(stage["rejected"]) for stage in judged), Counter(dict.fromkeys(judged[0]["rejected"], 0)))
+    return {"kept": sum(stage["kept"] for stage in judged), "rejected": {r: reasons[r] for r in judged[0]["rejected"]}}
 
 
 def _by_verdict(verdicts: np.ndarray) -> dict[str, Any]:
@@ -130,6 +159,8 @@ def _by_verdict(verdicts: np.ndarray) -> dict[str, Any]:
 
 def _generated(run: RunDirectory, stage: str) -> int | None:
     """Responses of a stage, from the headers of its shards; None before its first one."""
+    if figures := collected(run, "rollouts", stage):
+        return figures["samples"]
     total = None
     for path in run.unit("rollouts", stage, 0).parent.glob("unit_*.safetensors"):
         try:
@@ -181,7 +212,7 @@ def _tokens_per_second(records: list[Record]) -> dict[str, float | None] | None:
         if record["event"] in ("unit", "step"):
             keys = ("perf/tokens", "tokens", "response_tokens")
             tokens[record["role"]] += next((n for key in keys if (n := _number(record, key)) is not None), 0.0)
-            seconds[record["role"]] += _seconds(record) or 0.0
+            seconds[record["role"]] += _busy_seconds(record)
     return {role: _ratio(tokens[role], seconds[role]) for role in sorted(tokens)} or None
 
 
@@ -191,9 +222,9 @@ def _wall_seconds(records: list[Record]) -> dict[str, Any] | None:
         return None
     busy: dict[str, Any] = defaultdict(lambda: defaultdict(float))
     for record in records:
-        if seconds := _seconds(record):
+        if seconds := _busy_seconds(record):
             busy[record["role"]][record.get("stage") or record.get("name") or record["event"]] += seconds
-    begin = min(record["time"] - (_seconds(record) or 0.0) for record in records)
+    begin = min(span[0] if (span := busy_span(record)) else record["time"] for record in records)
     return {**{role: dict(stages) for role, stages in busy.items()}, "total": records[-1]["time"] - begin}
 
 
@@ -205,6 +236,13 @@ def _parity(records: list[Record]) -> dict[str, Any] | None:
             if (value := _number(record, f"parity_{name}")) is not None:
                 worst[record["version"]][name] = max(value, worst[record["version"]].get(name, 0.0))
     return {str(version): worst[version] for version in sorted(worst)} or None
+
+
+def _publishing(records: list[Record]) -> dict[str, Any] | None:
+    """What publishing each version cost; a version is published once."""
+    keys = ("bytes", "seconds", "stall_seconds")
+    published = (record for record in records if record["event"] == "publish" and "version" in record)
+    return {str(record["version"]): {key: _number(record, key) for key in keys} for record in published} or None
 
 
 def _settings(config: Config) -> dict[str, Any]:
@@ -264,8 +302,10 @@ def _finite(records: Iterable[Record], key: str) -> list[float]:
     return [value for record in records if (value := _number(record, key)) is not None]
 
 
-def _seconds(record: Record) -> float | None:
-    return _number(record, "seconds") or _number(record, "perf/seconds")
+def _busy_seconds(record: Record) -> float:
+    """How long its role did nothing else."""
+    span = busy_span(record)
+    return span[1] - span[0] if span else 0.0
 
 
 def _ratio(numerator: float, denominator: float) -> float | None:
