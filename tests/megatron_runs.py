@@ -8,7 +8,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors.torch import load_file
@@ -53,8 +53,10 @@ def run_ranks(command: list[str], world_size: int, rendezvous: Path) -> None:
     assert all(rank.returncode == 0 for rank in ranks), "\n".join(log[-6000:] for log in logs)
 
 
-def start_ranks(command: list[str], world_size: int, rendezvous: Path) -> list[subprocess.Popen[str]]:
-    """Start one process a rank; their output is to be read by the caller."""
+def start_ranks(
+    command: list[str], world_size: int, rendezvous: Path, output: IO[str] | int = subprocess.PIPE
+) -> list[subprocess.Popen[str]]:
+    """Start one process a rank; their output is to be read by the caller, unless it is given a file."""
     common = os.environ | {
         "WORLD_SIZE": str(world_size),
         "NPD_RENDEZVOUS": str(rendezvous),
@@ -65,7 +67,7 @@ def start_ranks(command: list[str], world_size: int, rendezvous: Path) -> list[s
         subprocess.Popen(
             command,
             env=common | {"RANK": str(rank)},
-            stdout=subprocess.PIPE,
+            stdout=output,
             stderr=subprocess.STDOUT,
             text=True,
         )

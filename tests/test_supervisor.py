@@ -9,67 +9,26 @@ import signal
 import socket
 import subprocess
 import sys
-import textwrap
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 from conftest import Inputs
+from supervised import SLEEP, WITH_GRANDCHILD, alive, pids_in, python, role, run, wait_until
 
 from megatron_npd.buffer.plan import make_plan
 from megatron_npd.cli import main
 from megatron_npd.launch.console import Console
-from megatron_npd.launch.logs import last_message, tail
+from megatron_npd.launch.guardian import MARK, marked
+from megatron_npd.launch.journal import Journal, read_journal
+from megatron_npd.launch.leftovers import return_stale_leases
+from megatron_npd.launch.logs import tail
 from megatron_npd.launch.processes import Child, Command, describe_exit, stop
 from megatron_npd.launch.progress import Progress, last_record
 from megatron_npd.launch.roles import Role, roles_of
-from megatron_npd.launch.stale_leases import return_stale_leases
-from megatron_npd.launch.supervisor import MAX_STARTS, watch
+from megatron_npd.launch.shift import MAX_RETURNS
 from megatron_npd.observe.metrics import Metrics, read_metrics
 from megatron_npd.run_directory import RunDirectory, write_atomically, write_json
-
-SLEEP = "import time; time.sleep(60)"
-WITH_GRANDCHILD = """
-import os, subprocess, sys, time
-child = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(60)"])
-print(os.getpid(), child.pid, flush=True)
-"""
-
-
-def python(folder: Path, name: str, code: str) -> Command:
-    return Command(name, [sys.executable, "-S", "-c", textwrap.dedent(code)], folder / f"{name}.log")
-
-
-def role(folder: Path, name: str, code: str, is_done: Callable[[], bool] = lambda: False) -> Role:
-    return Role(name, lambda: [python(folder, name, code)], is_done)
-
-
-def run(folder: Path, roles: Sequence[Role]) -> tuple[int, str]:
-    """Exit status and output of a supervisor over these roles."""
-    stream = io.StringIO()
-    status = watch(roles, Console(folder / "supervisor.log", stream), lambda children: f"{len(children)} running")
-    return status, stream.getvalue()
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
-    except OSError:
-        return False
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, "waited in vain"
-        time.sleep(0.02)
-
-
-def pids_in(*logs: Path) -> list[int]:
-    """The process ids that `WITH_GRANDCHILD` printed, once there are two in each log."""
-    wait_until(lambda: all(log.exists() and len(log.read_text().split()) >= 2 for log in logs))
-    return [int(word) for log in logs for word in log.read_text().split()[:2]]
 
 
 def test_done_when_every_role_is(tmp_path: Path) -> None:
@@ -90,7 +49,8 @@ def test_a_failure_stops_the_others_and_says_why(tmp_path: Path) -> None:
     status, output = run(tmp_path, [good, bad])
     assert status == 1
     assert time.monotonic() - started < 8
-    assert f"bad exited with status 3; the end of {tmp_path / 'bad.log'}:" in output
+    assert "bad exited with status 3, 0 s after its start" in output
+    assert f"the end of {tmp_path / 'bad.log'}:" in output
     assert "line 19" in output
     assert "line 5" in output
     assert "line 4\n" not in output
@@ -132,7 +92,7 @@ def test_a_role_that_leaves_its_work_undone_does_not_loop(tmp_path: Path) -> Non
     status, output = run(tmp_path, [role(tmp_path, "lazy", "print('no')")])
     assert status == 1
     assert "left its work undone" in output
-    assert (tmp_path / "lazy.log").read_text() == "no\n" * MAX_STARTS
+    assert (tmp_path / "lazy.log").read_text() == "no\n" * MAX_RETURNS
 
 
 def test_a_command_that_cannot_be_started_leaves_nothing(tmp_path: Path) -> None:
@@ -167,11 +127,13 @@ def test_stop_kills_what_does_not_listen(tmp_path: Path) -> None:
 SUPERVISOR = """
 import sys
 from pathlib import Path
+from megatron_npd.config import LaunchConfig
 from megatron_npd.launch.console import Console
+from megatron_npd.launch.journal import Journal
 from megatron_npd.launch.processes import Command
 from megatron_npd.launch.roles import Role
-from megatron_npd.launch.stale_leases import return_stale_leases
 from megatron_npd.launch.supervisor import watch
+from megatron_npd.run_directory import RunDirectory
 
 folder, code = Path(sys.argv[1]), sys.argv[2]
 
@@ -179,7 +141,10 @@ def role(name):
     command = Command(name, [sys.executable, "-S", "-c", code], folder / f"{name}.log")
     return Role(name, lambda: [command], lambda: False)
 
-sys.exit(watch([role("one"), role("two")], Console(folder / "supervisor.log"), lambda children: "working"))
+run = RunDirectory(folder)
+console, journal = Console(folder / "supervisor.log"), Journal(run)
+roles, launch = [role("one"), role("two")], LaunchConfig(max_restarts=0)
+sys.exit(watch(run, roles, console, journal, lambda children: "working", launch))
 """
 DEAF = "import signal\nfor s in (2, 15): signal.signal(s, signal.SIG_IGN)\n"
 
@@ -193,13 +158,15 @@ def start_supervisor(folder: Path, tail: str) -> tuple[subprocess.Popen[str], li
     return supervisor, pids
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
 def test_a_signal_stops_everything(tmp_path: Path, number: signal.Signals, status: int) -> None:
     supervisor, pids = start_supervisor(tmp_path, "time.sleep(60)")
     supervisor.send_signal(number)
     output = supervisor.communicate(timeout=20)[1]
     assert supervisor.returncode == status
-    assert f"{number.name}: stopping the roles" in output
+    reason = "the time limit is near: " if number is signal.SIGUSR1 else ""
+    assert f"{number.name}: {reason}stopping the roles" in output
+    assert read_journal(RunDirectory(tmp_path))[-1]["signal"] == number.name
     assert "the same `npd run` continues from here" in output
     assert not any(map(alive, pids))
 
@@ -210,27 +177,61 @@ def test_the_second_signal_kills_at_once(tmp_path: Path) -> None:
     supervisor.send_signal(signal.SIGINT)
     wait_until(lambda: "stopping" in (tmp_path / "supervisor.log").read_text())
     assert alive(pids[0])
+    supervisor.send_signal(signal.SIGTERM)  # another one says nothing new
+    time.sleep(0.5)
+    assert alive(pids[0])
     asked = time.monotonic()
     supervisor.send_signal(signal.SIGINT)
     output = supervisor.communicate(timeout=20)[1]
-    assert time.monotonic() - asked < 5  # GRACE_SECONDS is 10
+    assert time.monotonic() - asked < 5  # grace_seconds is 60
     assert supervisor.returncode == 130
     assert "one did not stop and was killed" in output
     assert not any(map(alive, pids))
 
 
-def test_roles_do_not_outlive_a_killed_supervisor(tmp_path: Path) -> None:
-    supervisor, (one, one_child, two, two_child) = start_supervisor(tmp_path, "time.sleep(60)")
+def mark_of(pid: int) -> str:
+    """The mark by which a process is known to belong to its supervisor."""
+    environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return next(entry for entry in environment if entry.startswith(MARK.encode() + b"=")).decode().partition("=")[2]
+
+
+def guardians(mark: str) -> list[int]:
+    """Guardian processes of a mark."""
+    found = subprocess.run(["pgrep", "-f", mark], capture_output=True, text=True).stdout
+    return [int(pid) for pid in found.split()]
+
+
+HIDDEN = """
+hidden = [sys.executable, "-S", "-c", "import time; time.sleep(60)"]
+print(subprocess.Popen(hidden, start_new_session=True).pid, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("guardian_first", [False, True], ids=["supervisor", "guardian_then_supervisor"])
+def test_nothing_outlives_a_killed_supervisor(tmp_path: Path, guardian_first: bool) -> None:
+    """Roles, what they started, and what hides from them in a session of its own."""
+    supervisor, pids = start_supervisor(tmp_path, HIDDEN)
+    logs = [tmp_path / f"{name}.log" for name in ("one", "two")]
+    wait_until(lambda: all(len(log.read_text().split()) == 3 for log in logs))
+    pids = [int(word) for log in logs for word in log.read_text().split()]
+    mark = mark_of(pids[0])
+    assert sorted(marked(mark)) == sorted(pids)
+    [guardian] = guardians(mark)
+    if guardian_first:
+        os.kill(guardian, signal.SIGKILL)
+        wait_until(lambda: guardians(mark) not in ([], [guardian]))
     supervisor.kill()
     supervisor.communicate()
-    wait_until(lambda: not alive(one) and not alive(two))
-    for orphan in (one_child, two_child):  # of a process killed this way only the kernel's direct children end
-        os.kill(orphan, signal.SIGKILL)
+    wait_until(lambda: not any(map(alive, pids)), 5)
+    wait_until(lambda: not guardians(mark), 5)
 
 
 def test_one_supervisor_a_run_directory(inputs: Inputs, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["prepare", str(inputs.path)]) == 0
     capsys.readouterr()
+    before = (inputs.run / "config.toml").read_bytes()
+    inputs.set("launch", {"poll_seconds": 0.7})  # may change between starts, but not under a running one
     with open(inputs.run / "supervisor.lock", "w") as lock:
         lock.write("4711\n")
         lock.flush()
@@ -239,6 +240,7 @@ def test_one_supervisor_a_run_directory(inputs: Inputs, capsys: pytest.CaptureFi
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1
     assert "process 4711 already runs it" in captured.err
+    assert (inputs.run / "config.toml").read_bytes() == before
 
 
 def test_leases_of_dead_processes_are_returned(tmp_path: Path) -> None:
@@ -306,11 +308,12 @@ def test_progress_is_read_from_the_run_directory(inputs: Inputs) -> None:
     inputs.set("rollout.samples_per_unit", 2)
     directory = RunDirectory(inputs.run)
     plan = make_plan(inputs.config, 6, 3)
-    progress = Progress(directory, plan)
+    progress = Progress(directory, plan, Journal(directory))
     assert progress.describe([]) == "heldout: 0/2 units rolled out"
     for unit in range(2):
         write_atomically(directory.unit("rollouts", "heldout", unit), b"")
     write_atomically(directory.unit("rollouts", "round_0000", 0), b"")
+    directory.metrics("trainer").parent.mkdir()
     with open(directory.metrics("trainer"), "w") as file:
         file.write('{"time": 1, "event": "step", "step": 3, "train/loss": 1.25}\n{"time": 2, "event": "st')
     assert progress.describe([]) == "round_0000: 1/3 units rolled out, 0 annotated | step 3 loss 1.2500"
@@ -328,13 +331,11 @@ def test_progress_is_read_from_the_run_directory(inputs: Inputs) -> None:
 def test_the_end_of_a_log(tmp_path: Path) -> None:
     log = tmp_path / "a.log"
     assert tail(log, 3) == []
-    assert last_message(log) == ""
     log.write_bytes(
         b"x" * 100_000 + b"\nold\n\n10%\r50%\r100%\n2026-01-02 03:04:05 INFO rank 1 waiting for \xff\n[W] noise\n"
     )
     assert tail(log, 3) == ["100%", "2026-01-02 03:04:05 INFO rank 1 waiting for \ufffd", "[W] noise"]
-    assert last_message(log) == "waiting for \ufffd"
-    assert last_message(log, start=log.stat().st_size) == ""
+    assert tail(log, 3, start=log.stat().st_size) == []
 
 
 def test_the_last_record_of_an_event(tmp_path: Path) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import random
 import shutil
+import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ from megatron_npd.run_directory import RunDirectory, read_json
 pytestmark = pytest.mark.slow
 
 TP2_SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+SLOW_TRAINER = Path(__file__).with_name("slow_trainer.py")
 PP2_INTERLEAVED = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
 DP2 = {"data_parallel_size": 2, "distributed_optimizer": True}
 
@@ -108,6 +111,89 @@ def test_steps_after_a_restart_are_those_that_were_lost(killed: RunDirectory, un
             assert record[name] == theirs[record["step"]][name]
 
 
+def test_asked_to_stop_it_loses_nothing(prepared: RunDirectory, uninterrupted: RunDirectory, tmp_path: Path) -> None:
+    """Once while it waits for samples, once between two steps; the signal reaches one rank alone."""
+    run = copy_of(prepared, tmp_path / "run")
+    missing = run.unit("samples", "round_0000", 0)
+    missing.rename(tmp_path / "missing")
+    total = steps_done(uninterrupted)
+    first = stopped(run, signal.SIGUSR1, 0, lambda log: "waiting for samples of round_0000, unit 1" in log)
+    (tmp_path / "missing").rename(missing)
+    second = stopped(run, signal.SIGTERM, 1, lambda _: steps_done(run) >= first + 3)
+    assert 0 < first < second < total
+    run_ranks(command(run, TP2_SP), 2, run.root / "rendezvous")
+    assert [record["step"] for record in step_records(run)] == list(range(1, total + 1)), "every step once, none twice"
+    for version in published_versions(uninterrupted):
+        ours, theirs = (read_json(r.version(version) / MANIFEST) for r in (run, uninterrupted))
+        assert ours["files"] == theirs["files"], f"version {version} differs"
+
+
+def stopped(run: RunDirectory, number: signal.Signals, rank: int, when: Callable[[str], bool]) -> int:
+    """Start the trainer, send one of its ranks a signal, and see it save everything; returns its last step."""
+    log = run.root.with_name(f"{number.name}.log")
+    with log.open("w") as file:
+        ranks = start_ranks(command(run, TP2_SP), 2, run.root / "rendezvous", file)
+    try:
+        deadline = time.monotonic() + 300
+        while not when(log.read_text()):
+            assert time.monotonic() < deadline and all(rank.poll() is None for rank in ranks), log.read_text()
+            time.sleep(0.01)
+        time.sleep(0.5)
+        ranks[rank].send_signal(number)
+        asked = time.monotonic()
+        statuses = [each.wait(60) for each in ranks]
+        print(f"{number.name}: left after {time.monotonic() - asked:.1f} s")
+    finally:
+        for each in ranks:
+            each.kill()
+            each.wait()
+    (run.root / "rendezvous").unlink(missing_ok=True)
+    assert statuses == [128 + number] * 2, log.read_text()
+    current = run.checkpoints / (run.checkpoints / "latest.txt").read_text().strip()
+    assert read_json(current / "run_state.json")["optimizer_steps"] == steps_done(run), "of the very last step"
+    assert not list(run.root.glob("*/.staging-*"))
+    assert not list(run.status_folder.glob("*.json"))
+    return steps_done(run)
+
+
+def test_killed_while_a_version_is_written(prepared: RunDirectory, uninterrupted: RunDirectory, tmp_path: Path) -> None:
+    """No checkpoint is past the lost version, so a restart publishes it, bit-identical."""
+    run = copy_of(prepared, tmp_path / "run")
+    ranks = start_ranks([sys.executable, str(SLOW_TRAINER), "0.1", *command(run, TP2_SP)[3:]], 2, tmp_path / "meet")
+    try:
+        deadline = time.monotonic() + 300
+        while not list(run.weights.glob(".staging-v000002-*/*.safetensors")):
+            assert time.monotonic() < deadline and all(rank.poll() is None for rank in ranks)
+            time.sleep(0.01)
+    finally:
+        for rank in ranks:
+            rank.kill()
+        for rank in ranks:
+            rank.communicate()
+    assert published_versions(run) == [0, 1] and list(run.weights.glob(".staging-v000002-*"))
+    current = run.checkpoints / (run.checkpoints / "latest.txt").read_text().strip()
+    published_after = next(record["step"] for record in publishing_steps(uninterrupted) if record["version"] == 2)
+    assert read_json(current / "run_state.json")["optimizer_steps"] < published_after <= steps_done(run)
+    run_ranks(command(run, TP2_SP), 2, run.root / "rendezvous")
+    assert published_versions(run) == [0, 1, 2, 3]
+    assert sorted(path.name for path in run.weights.iterdir()) == [f"v00000{version}" for version in range(4)]
+    for version in range(4):
+        ours, theirs = (read_json(r.version(version) / MANIFEST) for r in (run, uninterrupted))
+        assert ours["files"] == theirs["files"], f"version {version} differs"
+
+
+def test_a_folder_that_cannot_be_written_ends_the_trainer_with_one_line(prepared: RunDirectory, tmp_path: Path) -> None:
+    run = copy_of(prepared, tmp_path / "run")
+    shutil.rmtree(run.weights, ignore_errors=True)
+    run.weights.write_text("not a folder")
+    (rank,) = start_ranks(command(run, {}), 1, tmp_path / "meet")
+    log = rank.communicate(timeout=120)[0]
+    assert rank.returncode == 2, log
+    assert "Traceback" not in log
+    last = log.strip().splitlines()[-1]
+    assert last.startswith("npd: error: ") and "cannot write v000000: Not a directory" in last
+
+
 def command(run: RunDirectory, layout: dict[str, int | bool]) -> list[str]:
     """The trainer in some layout, on a run directory's own configuration."""
     sets = [f"--set=training.{key}={str(value).lower()}" for key, value in layout.items()]
@@ -123,6 +209,16 @@ def copy_of(run: RunDirectory, root: Path) -> RunDirectory:
 def step_records(run: RunDirectory) -> list[dict]:
     folder = run.metrics("trainer").parent
     return [record for record in read_metrics(folder) if record["event"] == "step"] if folder.is_dir() else []
+
+
+def publishing_steps(run: RunDirectory) -> list[dict]:
+    """What was published, each with the number of steps done before it."""
+    step, published = 0, []
+    for record in read_metrics(run.metrics("trainer").parent):
+        step = record["step"] if record["event"] == "step" else step
+        if record["event"] == "publish":
+            published.append({"version": record["version"], "step": step})
+    return published
 
 
 def steps_done(run: RunDirectory) -> int:

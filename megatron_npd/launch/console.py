@@ -1,7 +1,11 @@
-"""What the supervisor tells: lines that stay, and one live line where a person watches."""
+"""What the supervisor tells: lines that stay, and one live line where a person watches.
+
+That nobody can be told, because the terminal is gone or the disk is full, must not end a run.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import sys
 import time
@@ -25,13 +29,13 @@ class Console:
     def say(self, text: str) -> None:
         """Print lines that stay."""
         self._clear()
-        for line in text.splitlines():
-            print(f"npd: {line}", file=self._stream)
-        self._stream.flush()
-        self._log.parent.mkdir(parents=True, exist_ok=True)
-        with open(self._log, "a", encoding="utf-8") as log:
-            stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-            log.writelines(f"{stamp} INFO {line}\n" for line in text.splitlines())
+        lines = text.splitlines()
+        self._print("".join(f"npd: {line}\n" for line in lines))
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+        with contextlib.suppress(OSError):
+            self._log.parent.mkdir(parents=True, exist_ok=True)
+            with open(self._log, "a", encoding="utf-8") as log:
+                log.write("".join(f"{stamp} INFO {line}\n" for line in lines))
 
     @property
     def wants_progress(self) -> bool:
@@ -43,13 +47,17 @@ class Console:
         self._next = time.monotonic() + (LIVE_SECONDS if self._live else PLAIN_SECONDS)
         if self._live:
             width = shutil.get_terminal_size().columns - 1
-            self._stream.write(_ERASE_LINE + f"npd: {text}"[:width])
-            self._stream.flush()
+            self._print(_ERASE_LINE + f"npd: {text}"[:width])
         elif text != self._shown:
             self.say(text)
         self._shown = text
 
     def _clear(self) -> None:
         if self._live and self._shown:
-            self._stream.write(_ERASE_LINE)
+            self._print(_ERASE_LINE)
             self._shown = ""
+
+    def _print(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+            self._stream.flush()

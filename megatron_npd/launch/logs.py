@@ -8,8 +8,8 @@ import re
 import sys
 from pathlib import Path
 
-_PREFIX = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d(,\d+)? [A-Z]+ (rank \d+ )?")
 _TAIL_BYTES = 16384
+_FAILED_TASK = re.compile(r"srun: error: \S+ tasks? (\d+)")
 
 
 def configure_logging() -> None:
@@ -39,7 +39,8 @@ def tail(path: Path, lines: int, start: int = 0) -> list[str]:
     return [line for line in kept if line.strip()][-lines:]
 
 
-def last_message(path: Path, start: int = 0) -> str:
-    """The newest log line without time and level, or an empty string; what libraries print is passed over."""
-    ours = (line for line in reversed(tail(path, 50, start)) if _PREFIX.match(line))
-    return _PREFIX.sub("", next(ours, "")).strip()
+def first_failed_task(srun_log: Path, said: list[str]) -> Path | None:
+    """The log of the task that srun says has failed first, or None. srun's own log is called NAME.srun.log."""
+    ranks = (found.group(1) for line in said if (found := _FAILED_TASK.search(line)))
+    rank = next(ranks, None)
+    return None if rank is None else srun_log.with_name(srun_log.name.replace(".srun.log", f".rank{rank}.log"))

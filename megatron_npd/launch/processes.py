@@ -1,7 +1,8 @@
-"""Child processes that cannot outlive their parent: each in its own session, stopped as a whole process group.
+"""Child processes that cannot outlive their parent: each in its own session, killed as a whole process group.
 
-A child is signalled by its process group, which is safe because its exit is first only looked at (`WNOWAIT`): as long
-as it is not reaped, its id, and so the id of its group, cannot be given to anybody else's process.
+A child is asked to stop by a signal to itself alone: it may need what it started, a checkpoint's writer for instance,
+to stop in order. It is killed by its process group, which is safe because its exit is first only looked at
+(`WNOWAIT`): as long as it is not reaped, its id, and so the id of its group, cannot be given to anybody else's process.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_npd.errors import STORAGE_STATUS
 from megatron_npd.parent_death import die_with
 
 POLL_SECONDS = 0.05
@@ -32,13 +34,21 @@ class Command:
     """Receives its stdout and stderr, appended."""
     env: dict[str, str] = field(default_factory=dict)
     """Added to this process's environment."""
+    is_srun: bool = False
+    """It stands for processes of a Slurm step, perhaps elsewhere. srun passes SIGUSR1 on to them; at SIGTERM it kills
+    them, and waits until they are gone. Killed itself with its process group, it would leave them running."""
 
 
 class Child:
-    """A started `Command`. Start children from the main thread: the kernel ties their life to the starting thread."""
+    """A started `Command`. Start children from the main thread: the kernel ties their life to the starting thread.
+
+    Raises:
+        OSError: it cannot be started, or its log cannot be opened.
+    """
 
     def __init__(self, command: Command):
         self.command = command
+        self.started = time.monotonic()
         command.log.parent.mkdir(parents=True, exist_ok=True)
         with open(command.log, "ab") as log:
             self.log_start = log.tell()
@@ -61,15 +71,24 @@ class Child:
     def poll(self) -> int | None:
         """Exit status (negative: the signal that ended it), or None while it runs. Ends what is left of its group."""
         if self._process.returncode is None and self._has_exited():
-            self.signal(signal.SIGKILL)
+            self.kill()
             self._process.wait()
         return self._process.returncode
 
-    def signal(self, number: int) -> None:
-        """Send a signal to the whole process group, unless the child was reaped already."""
+    def ask_to_stop(self) -> None:
+        """Send SIGTERM to the process (by srun SIGUSR1 to its tasks), unless it was reaped already."""
         if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.pid, number)
+                os.kill(self.pid, signal.SIGUSR1 if self.command.is_srun else signal.SIGTERM)
+
+    def kill(self) -> None:
+        """Send SIGKILL to the whole process group (by srun to all its tasks), unless the child was reaped already."""
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                if self.command.is_srun:
+                    os.kill(self.pid, signal.SIGTERM)
+                else:
+                    os.killpg(self.pid, signal.SIGKILL)
 
     def _has_exited(self) -> bool:
         return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
@@ -85,14 +104,14 @@ def stop(
     """
     running = [child for child in children if child.poll() is None]
     for child in running:
-        child.signal(signal.SIGTERM)
+        child.ask_to_stop()
     deadline = time.monotonic() + grace_seconds
     while (running := [child for child in running if child.poll() is None]) and not hurry():
         if time.monotonic() > deadline:
             break
         time.sleep(POLL_SECONDS)
     for child in running:
-        child.signal(signal.SIGKILL)
+        child.kill()
     while any(child.poll() is None for child in running):
         time.sleep(POLL_SECONDS)
     return running
@@ -100,7 +119,17 @@ def stop(
 
 def describe_exit(status: int) -> str:
     """An exit status in words."""
+    if status == STORAGE_STATUS:
+        return f"could not write or read its files (status {status})"
+    if status > 128 and (name := _signal_name(status - 128)):
+        return f"stopped because of {name} (status {status})"
     if status >= 0:
         return f"exited with status {status}"
-    name = signal.Signals(-status).name
-    return f"was ended by {name}" + (" (out of memory?)" if -status == signal.SIGKILL else "")
+    return f"was ended by {_signal_name(-status)}" + (" (out of memory?)" if -status == signal.SIGKILL else "")
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}" if number < 65 else ""

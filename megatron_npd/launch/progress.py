@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
+import socket
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_npd.buffer.plan import Plan, Stage
-from megatron_npd.launch.logs import last_message, tail
+from megatron_npd.activity import WAITING
+from megatron_npd.buffer.listing import finished_units
+from megatron_npd.buffer.plan import Plan
+from megatron_npd.heartbeat import read_signs
+from megatron_npd.launch.journal import PHASE, Journal
+from megatron_npd.launch.logs import tail
 from megatron_npd.launch.processes import Child
 from megatron_npd.launch.roles import TRAINER
-from megatron_npd.observe.metrics import Metrics
 from megatron_npd.run_directory import HELDOUT_STAGE, RunDirectory
 
 FINISHING = "finishing"
@@ -22,35 +25,42 @@ _MESSAGE_WIDTH = 60
 
 
 class Progress:
-    """Looks at a run directory; records in the supervisor's metrics how long each phase took."""
+    """Looks at a run directory; records in the supervisor's journal how long each phase took."""
 
-    def __init__(self, run: RunDirectory, plan: Plan):
-        self._run = run
+    def __init__(self, run: RunDirectory, plan: Plan, journal: Journal):
+        self._run, self._journal = run, journal
         self._unfinished = list(plan.stages.values())
         self._phase, self._since = "", time.monotonic()
-        self._metrics = Metrics(run.metrics("supervisor"), "supervisor")
 
     def describe(self, running: Sequence[Child]) -> str:
-        """One line: the stage being worked on, its units, the trainer's step and loss, what each role said last."""
+        """One line: the stage being worked on, its units, the trainer's step and loss, what each role is doing."""
         parts = [self._stage_text()]
         if step := self._last_step():
             loss = step.get("train/loss")
             parts.append(f"step {step.get('step')}" + (f" loss {loss:.4f}" if isinstance(loss, float) else ""))
-        for child in running:
-            message = last_message(child.command.log, child.log_start)
-            if message and ".rank" not in child.command.name:
-                parts.append(f"{child.command.name}: {message[:_MESSAGE_WIDTH]}")
-        return " | ".join(parts)
+        return " | ".join(parts + self._activities(running))
 
     def finish(self) -> None:
         """Record the last phase."""
         self._enter("")
 
+    def _activities(self, running: Sequence[Child]) -> list[str]:
+        """What the first rank of each role says that it is doing; of a wait also since when."""
+        pids, steps = ({child.pid for child in running}, {child.command.name for child in running})
+        told, here = [], socket.gethostname()
+        for sign in read_signs(self._run):
+            is_ours = sign.step in steps if sign.step else sign.pid in pids and sign.host == here
+            if is_ours and not sign.rank:
+                since = time.strftime(" since %H:%M:%S", time.localtime(sign.since)) if sign.state == WAITING else ""
+                waiting = "waiting for " if sign.state == WAITING else ""
+                told.append(f"{sign.role}: {waiting}{sign.what[:_MESSAGE_WIDTH]}{since}")
+        return told
+
     def _stage_text(self) -> str:
         """The first unfinished stage; those once complete are not looked at again."""
         while self._unfinished:
             stage = self._unfinished[0]
-            done = {kind: self._count(kind, stage) for kind in ("rollouts", "samples")}
+            done = {kind: len(finished_units(self._run, kind, stage)) for kind in ("rollouts", "samples")}
             # The held-out set is evaluated, not annotated.
             if done["rollouts" if stage.name == HELDOUT_STAGE else "samples"] < stage.units:
                 self._enter(stage.name)
@@ -64,12 +74,8 @@ class Progress:
         if phase != self._phase:
             now = time.monotonic()
             if self._phase:
-                self._metrics.log("phase", name=self._phase, seconds=now - self._since)
+                self._journal.record(PHASE, name=self._phase, seconds=now - self._since)
             self._phase, self._since = phase, now
-
-    def _count(self, kind: str, stage: Stage) -> int:
-        folder = self._run.unit(kind, stage.name, 0).parent
-        return sum(name.endswith(".safetensors") for name in os.listdir(folder)) if folder.is_dir() else 0
 
     def _last_step(self) -> dict[str, Any] | None:
         return last_record(self._run.metrics(TRAINER), "step")

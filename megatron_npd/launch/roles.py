@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_npd.buffer.listing import finished_units, is_finished
 from megatron_npd.buffer.plan import Plan, Stage
+from megatron_npd.buffer.versions import published_versions
 from megatron_npd.config import Config
 from megatron_npd.launch.processes import Command
+from megatron_npd.launch.resume_point import resume_point
 from megatron_npd.run_directory import RunDirectory
 
 TRAINER, ANNOTATOR = "trainer", "annotator"
@@ -27,6 +30,12 @@ class Role:
     """The processes of one start; asked for again at each start, because ranks must meet at a fresh place."""
     is_done: Callable[[], bool]
     """Whether the run directory shows that nothing is left to do. May become false again: see `supervisor`."""
+    done: Callable[[], int] = lambda: 0
+    """How much of its work the run directory holds: a number that grows as the role gets further."""
+    kind: str = ""
+    """What roles have in common that do the same work, so that a run can do without one of them."""
+    is_lost: Callable[[], bool] = lambda: False
+    """Asked when it has failed: whether it can never work again, because its machine is gone."""
 
 
 def roles_of(config: Config, run: RunDirectory, plan: Plan, scratch: Path) -> list[Role]:
@@ -35,19 +44,33 @@ def roles_of(config: Config, run: RunDirectory, plan: Plan, scratch: Path) -> li
     def ranks(name: str, world_size: int) -> Callable[[], list[Command]]:
         return lambda: _ranks(name, run, world_size, scratch, role_environment(config, name))
 
-    def rollout(policy: str) -> Callable[[], list[Command]]:
+    def is_annotated() -> bool:
+        annotated = all(is_finished(run, "samples", stage) for stage in plan.training_stages)
+        return annotated and run.evaluation(plan.final_version).is_file()
+
+    def annotated() -> int:
+        units = sum(len(finished_units(run, "samples", stage)) for stage in plan.training_stages)
+        return units + sum(run.evaluation(version).is_file() for version in range(plan.final_version + 1))
+
+    def trained() -> int:
+        point = resume_point(run)
+        return len(published_versions(run)) + (point.step if point else 0)
+
+    def rollout(policy: str, stages: list[Stage]) -> Role:
         name = ROLLOUT[policy]
         argv = [*_npd("rollout", run), "--policy", policy]
-        return lambda: [Command(name, argv, run.log(name), role_environment(config, "rollout"))]
-
-    def is_annotated() -> bool:
-        return _all_units(run, "samples", plan.training_stages) and run.evaluation(plan.final_version).is_file()
+        return Role(
+            name,
+            lambda: [Command(name, argv, run.log(name), role_environment(config, "rollout"))],
+            lambda: all(is_finished(run, "rollouts", stage) for stage in stages),
+            lambda: sum(len(finished_units(run, "rollouts", stage)) for stage in stages),
+        )
 
     return [
-        Role(TRAINER, ranks(TRAINER, config.training.world_size), run.student.is_dir),
-        Role(ANNOTATOR, ranks(ANNOTATOR, config.annotator.tensor_model_parallel_size), is_annotated),
-        Role(ROLLOUT["teacher"], rollout("teacher"), lambda: _all_units(run, "rollouts", plan.teacher_stages)),
-        Role(ROLLOUT["student"], rollout("student"), lambda: _all_units(run, "rollouts", plan.round_stages)),
+        Role(TRAINER, ranks(TRAINER, config.training.world_size), run.student.is_dir, trained),
+        Role(ANNOTATOR, ranks(ANNOTATOR, config.annotator.tensor_model_parallel_size), is_annotated, annotated),
+        rollout("teacher", plan.teacher_stages),
+        rollout("student", plan.round_stages),
     ]
 
 
@@ -82,7 +105,3 @@ def _ranks(name: str, run: RunDirectory, world_size: int, scratch: Path, env: di
 
 def _npd(command: str, run: RunDirectory) -> list[str]:
     return [sys.executable, "-m", "megatron_npd.cli", command, str(run.config.resolve())]
-
-
-def _all_units(run: RunDirectory, kind: str, stages: Iterable[Stage]) -> bool:
-    return all(run.unit(kind, stage.name, unit).exists() for stage in stages for unit in range(stage.units))

@@ -1,14 +1,14 @@
-"""The supervisor: starts the roles on this machine, watches them, and leaves no process behind.
+"""The supervisor: starts the roles on this machine, starts again what fails, and leaves no process behind.
 
-A role that fails ends the run: the others are stopped, and `npd run` continues from what is in the run directory.
-A role that left because its work was done is started again when work came back (a corrupt shard was quarantined).
+A role that fails is started again, all its ranks together, while the others go on; one that keeps failing without
+getting further, or that refuses its input, ends the run (`restarts`). A role that left because its work was done is
+started again when work came back (a corrupt shard was quarantined). Whatever ends the run, `npd run` continues it from
+what is in the run directory.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
 import signal
 import tempfile
 import time
@@ -16,27 +16,27 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
-from megatron_npd.buffer.plan import make_plan
-from megatron_npd.config import Config
+from megatron_npd import activity
+from megatron_npd.buffer.leases import filesystem_time
+from megatron_npd.buffer.plan import Plan, make_plan
+from megatron_npd.config import Config, LaunchConfig
 from megatron_npd.data.prompts import load_prompt_set
-from megatron_npd.errors import USAGE_STATUS, UserError
+from megatron_npd.heartbeat import clock_oddity
 from megatron_npd.launch.console import Console
-from megatron_npd.launch.logs import tail
-from megatron_npd.launch.prepare import prepare
-from megatron_npd.launch.processes import Child, describe_exit, stop
+from megatron_npd.launch.exclusive import only_supervisor
+from megatron_npd.launch.guardian import Guardian
+from megatron_npd.launch.journal import STOP, SUPERVISOR, Journal
+from megatron_npd.launch.leftovers import remove_dead_signs, remove_unfinished, return_stale_leases
+from megatron_npd.launch.prepare import check_directory, prepare
+from megatron_npd.launch.processes import Child, stop
 from megatron_npd.launch.progress import Progress
 from megatron_npd.launch.roles import Role, roles_of
-from megatron_npd.launch.stale_leases import return_stale_leases
+from megatron_npd.launch.shift import Shift
 from megatron_npd.run_directory import RunDirectory
 
 POLL_SECONDS = 0.2
-GRACE_SECONDS = 10.0
-"""How long a stopped role may take to leave before it is killed."""
-LOOK_SECONDS = 5.0
-"""How often the supervisor looks whether a role that has left is needed again."""
-MAX_STARTS = 4
-"""Work comes back rarely (a corrupt shard); a role that keeps leaving its work undone must not loop."""
-LOG_LINES = 15
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+REASONS = {signal.SIGUSR1: "the time limit is near: ", signal.SIGHUP: "the terminal is gone: "}
 
 
 def supervise(config: Config) -> int:
@@ -45,103 +45,86 @@ def supervise(config: Config) -> int:
     Raises:
         UserError: the inputs are refused (see `prepare`), or another supervisor works in this run directory.
     """
-    run = prepare(config)
-    with _only_supervisor(run), tempfile.TemporaryDirectory(prefix="npd_") as scratch:
-        plan = make_plan(
-            config, len(load_prompt_set(run.prompts("train"))), len(load_prompt_set(run.prompts("heldout")))
-        )
-        console, progress = Console(run.log("supervisor")), Progress(run, plan)
-        roles = roles_of(config, run, plan, Path(scratch))
-        console.say(f"run directory {run.root}")
-        if returned := return_stale_leases(run):
-            console.say(f"returned {returned} leases of processes that are gone")
-        status = watch(roles, console, progress.describe)
-        progress.finish()
+    run = RunDirectory(Path(config.run_directory))
+    is_new = not run.config.is_file()
+    prepare(config) if is_new else check_directory(run, config)
+    with only_supervisor(run), tempfile.TemporaryDirectory(prefix="npd_") as scratch:
+        # Until now another supervisor may have worked here: nothing of its directory was to change, and it may have
+        # made the new one for another configuration.
+        check_directory(run, config) if is_new else prepare(config)
+        console = Console(run.log(SUPERVISOR))
+        status = watch_run(run, config, console, lambda plan: roles_of(config, run, plan, Path(scratch)))
         if status == 0:
             _conclude(run, config, console)
         return status
 
 
-def watch(roles: Sequence[Role], console: Console, describe: Callable[[Sequence[Child]], str]) -> int:
-    """Run roles until all are done, one fails, or a signal asks to stop; no child is left when it returns.
+def watch_run(run: RunDirectory, config: Config, console: Console, roles_of_plan: Callable[[Plan], list[Role]]) -> int:
+    """`watch` the roles of a prepared run, of which this is the one supervisor."""
+    plan = make_plan(config, len(load_prompt_set(run.prompts("train"))), len(load_prompt_set(run.prompts("heldout"))))
+    journal = Journal(run)
+    progress = Progress(run, plan, journal)
+    console.say(f"run directory {run.root}")
+    _clean_up(run, console)
+    status = watch(run, roles_of_plan(plan), console, journal, progress.describe, config.launch)
+    progress.finish()
+    return status
+
+
+def watch(
+    run: RunDirectory,
+    roles: Sequence[Role],
+    console: Console,
+    journal: Journal,
+    describe: Callable[[Sequence[Child]], str],
+    launch: LaunchConfig,
+) -> int:
+    """Run roles until all are done, one fails for good, or a signal asks to stop; no process is left when it returns.
 
     Returns:
-        0; 1 or, for refused input, 2 after a failure; 128 + signal number after SIGINT or SIGTERM.
+        0; 1 or, for refused input, 2 after a failure; 128 + signal number after a signal.
     """
-    crews = [_Crew(role) for role in roles]
-    look = 0.0
-    with _stop_requests() as requests:
+    names = ", ".join(role.name for role in roles)
+    with _stop_requests() as requests, Guardian() as guardian, activity.doing(f"watching {names}"):
+        shift = Shift(run, roles, console, journal, launch, guardian, lambda: bool(requests))
         try:
             while not requests:
-                if failed := [child for crew in crews for child in crew.children if child.poll()]:
-                    return _explain_failure(failed[0], console)
-                all_left = all(crew.has_left for crew in crews)
-                if all_left or time.monotonic() > look:
-                    look = time.monotonic() + LOOK_SECONDS
-                    needed = [crew for crew in crews if crew.has_left and not crew.role.is_done()]
-                    if all_left and not needed:
-                        return 0
-                    if any(not crew.start(console) for crew in needed):
-                        return 1
+                status = shift.look()
+                if status is not None:
+                    return status
                 if console.wants_progress:
-                    console.progress(describe([child for crew in crews for child in crew.running]))
+                    with contextlib.suppress(OSError):  # the run directory cannot be read just now
+                        console.progress(describe(shift.running))
                 time.sleep(POLL_SECONDS)
-            console.say(f"{signal.Signals(requests[0]).name}: stopping the roles (once more to kill them at once)")
-            return 128 + requests[0]
+            number = signal.Signals(requests[0])
+            console.say(f"{number.name}: {REASONS.get(number, '')}stopping the roles (once more to kill them at once)")
+            journal.record(STOP, signal=number.name)
+            return 128 + number
         finally:
-            # Every way out of this function, an exception included, ends here.
-            killed = stop(
-                (child for crew in crews for child in crew.children), GRACE_SECONDS, lambda: len(requests) > 1
-            )
-            for child in killed:
+            # Every way out of this function, an exception included, ends here. Hurried by the same signal again:
+            # another one says nothing new, a batch system sends SIGUSR1 and then, when the time is up, SIGTERM.
+            for child in stop(shift.running, launch.grace_seconds, lambda: len(requests) > len(set(requests))):
                 console.say(f"{child.command.name} did not stop and was killed")
             if requests:
                 console.say("stopped; the same `npd run` continues from here")
 
 
-class _Crew:
-    """The processes of one role, and how often they were started."""
-
-    def __init__(self, role: Role):
-        self.role = role
-        self.children: list[Child] = []
-        self._starts = 0
-
-    @property
-    def running(self) -> list[Child]:
-        return [child for child in self.children if child.poll() is None]
-
-    @property
-    def has_left(self) -> bool:
-        return not self.running
-
-    def start(self, console: Console) -> bool:
-        """Start every process of the role; False if it has had its chances."""
-        if self._starts == MAX_STARTS:
-            console.say(f"{self.role.name} exited with status 0 {MAX_STARTS} times and left its work undone")
-            return False
-        self._starts += 1
-        console.say(f"starting {self.role.name}" + (" again: there is work for it" if self._starts > 1 else ""))
-        self.children = []
-        for command in self.role.commands():
-            self.children.append(Child(command))  # one by one: those started are stopped if the next cannot be
-        return True
-
-
-def _explain_failure(child: Child, console: Console) -> int:
-    """Say which process failed, how, and what it said last; returns the status to exit with."""
-    status, log = child.poll() or 0, child.command.log
-    console.say(f"{child.command.name} {describe_exit(status)}; the end of {log}:")
-    for line in tail(log, LOG_LINES, child.log_start):
-        console.say(f"    {line}")
-    console.say("stopping the other roles; once the fault is mended the same `npd run` continues from here")
-    return USAGE_STATUS if status == USAGE_STATUS else 1
+def _clean_up(run: RunDirectory, console: Console) -> None:
+    """Put away what processes that are gone have left, and say what is odd about this host."""
+    if returned := return_stale_leases(run):
+        console.say(f"returned {returned} leases of processes that are gone")
+    remove_dead_signs(run)
+    if removed := remove_unfinished(run):
+        console.say(f"removed {removed} files and folders that processes long gone had begun to write")
+    if odd := clock_oddity(time.time() - filesystem_time(run.root)):
+        console.say(odd)
 
 
 def _conclude(run: RunDirectory, config: Config, console: Console) -> None:
     from megatron_npd.launch.summary import write_report  # draws: not imported by commands that do not report
 
-    summary = write_report(run, config)
+    with activity.doing("writing the report"):
+        summary = write_report(run, config)
     before, after = summary.get("heldout_kl_before"), summary.get("heldout_kl_after")
     if before is not None and after is not None:
         console.say(f"held-out KL(teacher || student): {before:.4f} before, {after:.4f} after, nats a token")
@@ -154,32 +137,15 @@ def _conclude(run: RunDirectory, config: Config, console: Console) -> None:
 
 
 @contextlib.contextmanager
-def _only_supervisor(run: RunDirectory) -> Iterator[None]:
-    """Hold RUN/supervisor.lock; the kernel drops it when this process ends, however it ends."""
-    path = run.root / "supervisor.lock"
-    with open(path, "a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise UserError(
-                f"run_directory = {run.root}: process {lock.read().strip() or 'unknown'} already runs it; one at a time"
-            ) from None
-        lock.truncate(0)
-        lock.write(f"{os.getpid()}\n")
-        lock.flush()
-        yield
-
-
-@contextlib.contextmanager
 def _stop_requests() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM are collected in a list instead of interrupting; the old handlers come back at the end."""
+    """Signals are collected in a list instead of interrupting; the old handlers come back at the end."""
     requests: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
         requests.append(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    wanted = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup
+    before = {number: signal.signal(number, note) for number in wanted}
     try:
         yield requests
     finally:

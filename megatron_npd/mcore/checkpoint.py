@@ -13,9 +13,12 @@ import functools
 import logging
 import os
 import shutil
+import threading
 import time
 import uuid
+from multiprocessing import active_children
 from multiprocessing.managers import SyncManager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +28,20 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.multiprocessing import get_context
 
+from megatron_npd import stopping
+from megatron_npd.errors import StorageError, storage_reason
 from megatron_npd.mcore import optimizer_state
 from megatron_npd.mcore.optimizer import Trainable
 from megatron_npd.mcore.parallel import barrier, broadcast_object
 from megatron_npd.parent_death import die_with
-from megatron_npd.run_directory import fsync_folder, read_json, write_atomically, write_json
+from megatron_npd.run_directory import CHECKPOINT_STATE as STATE
+from megatron_npd.run_directory import LATEST_CHECKPOINT as LATEST
+from megatron_npd.run_directory import fsync_folder, probe_writing, read_json, write_atomically, write_json
 
 logger = logging.getLogger(__name__)
-LATEST = "latest.txt"
-STATE = "run_state.json"
 STAGING = ".staging-"
 SAY_AFTER_SECONDS = 30.0
 
@@ -74,8 +80,16 @@ class Checkpointer:
             self.wait()
 
     def poll(self) -> None:
-        """Make a save current if every rank has written its part."""
-        self._calls.maybe_finalize_async_calls(blocking=False)
+        """Make a save current if every rank has written its part.
+
+        Raises:
+            StorageError, RuntimeError: on every rank, if any could not write its part. The checkpoint before stays
+                current.
+        """
+        try:
+            self._calls.maybe_finalize_async_calls(blocking=False)
+        except CheckpointException as error:
+            raise _not_written(self.folder, error) from error
 
     def wait(self) -> None:
         """Return when the save under way, if any, is current; says so when that takes long."""
@@ -104,6 +118,29 @@ class Checkpointer:
                     shutil.rmtree(old, ignore_errors=True)
             logger.info("checkpoint %s is current", final.name)
         barrier()
+
+
+def _not_written(folder: Path, error: CheckpointException) -> Exception:
+    """The first failure in one line. Megatron tells it to the first rank alone."""
+    if not error.failures:
+        return RuntimeError(f"{folder}: a checkpoint could not be written; the log of rank 0 says why")
+    rank, (reason, _) = min(error.failures.items(), key=lambda failure: failure[0])
+    why, blamed = str(reason), storage_reason(reason) is not None
+    if "results_queue should not be empty" in why:  # in Megatron's words: it ended without a result
+        why = "its writing process was killed"
+    elif "inline_container.cc" in why:  # in torch's words: a file did not take all that was written
+        why, blamed = _write_error(folder), True
+    text = f"{folder}: a checkpoint could not be written: rank {rank}: {why}; the one before stays current"
+    return StorageError(text) if blamed else RuntimeError(text)
+
+
+def _write_error(folder: Path) -> str:
+    """Why a file could not be written, which torch does not pass on."""
+    try:
+        probe_writing(folder)
+    except OSError as error:
+        return error.strerror
+    return "a file did not take all that was written (was the disk full?)"
 
 
 def _make_durable(folder: Path) -> None:
@@ -171,10 +208,28 @@ def _in_own_writer(request: AsyncRequest) -> AsyncRequest:
 
 def _write(trainer: int, function: Any, *arguments: Any, **keywords: Any) -> None:
     die_with(trainer)
+    stopping.ignore()  # a trainer that is asked to stop needs what is being written
     writer = os.getpid()
     os.register_at_fork(after_in_child=lambda: die_with(writer))
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_a_killed_child, daemon=True).start()
     function(*arguments, **keywords)
+
+
+def _end_with_a_killed_child() -> None:
+    """Megatron waits for ever for a process that it split the writing over and that was killed; the trainer would too.
+    It looks at this process alone, so this one must end then."""
+    children: set[BaseProcess] = set()
+    while True:
+        children.update(active_children())
+        if any(child.exitcode for child in children):
+            os._exit(1)
+        time.sleep(0.1)
+
+
+def _enter_results_server(trainer: int) -> None:
+    die_with(trainer)
+    stopping.ignore()
 
 
 _manager: SyncManager | None = None
@@ -185,5 +240,5 @@ def _use_mortal_results_queue() -> None:
     global _manager
     if _manager is None:
         _manager = SyncManager(ctx=get_context("spawn"))
-        _manager.start(initializer=die_with, initargs=(os.getpid(),))
+        _manager.start(initializer=_enter_results_server, initargs=(os.getpid(),))
         filesystem_async._results_queue = _manager.Queue()

@@ -17,18 +17,22 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from megatron_npd.activity import doing
 from megatron_npd.buffer.leases import lease
+from megatron_npd.buffer.listing import finished_units, is_finished
 from megatron_npd.buffer.plan import Plan, Stage, make_plan
 from megatron_npd.buffer.shards import Shard, read_or_quarantine, read_shard, write_shard
 from megatron_npd.buffer.versions import published_versions, verify_version
-from megatron_npd.buffer.waiting import turn, turn_lock, wait_for
+from megatron_npd.buffer.waiting import turn, turn_lock
 from megatron_npd.config import Config
 from megatron_npd.data.prompts import load_prompt_set
+from megatron_npd.data.tokenizer import load_tokenizer
 from megatron_npd.errors import UserError
 from megatron_npd.hf_config import eos_token_ids, read_model_dims
 from megatron_npd.mcore.attention import choose_backend
 from megatron_npd.mcore.parallel import broadcast_object, initialize, shutdown
-from megatron_npd.observe.metrics import Metrics
+from megatron_npd.mcore.together import wait_together
+from megatron_npd.observe.metrics import Metrics, metrics_file
 from megatron_npd.run_directory import HELDOUT_STAGE, RunDirectory, write_json
 from megatron_npd.schema import TEACHER_VERSION, Verdict
 from megatron_npd.teacher.annotation import annotate_shard
@@ -86,23 +90,21 @@ class Annotator:
         self.plan = self._plan()
         self.passed_over: set[Task] = set()
         """Tasks another annotator was working on when this one came by; looked at again when nothing else is left."""
-        self.metrics = Metrics(self.run.metrics("annotator"), "annotator") if self.parallel.rank == 0 else None
+        self.metrics = Metrics(metrics_file(self.run, "annotator"), "annotator") if self.parallel.rank == 0 else None
         self._log("start", seconds=time.monotonic() - started, attention_backend=backend)
 
     def next_task(self) -> Task | None:
         """The next thing to do, the same on every rank; None when the run needs no annotator any more."""
-        found = None
-        if self.parallel.rank == 0:
-            found = wait_for("rollouts to annotate or a version to evaluate", self._look, self._poll_seconds)
-        found = broadcast_object(found)
-        return None if found == "done" else found
+        wanted = "rollouts to annotate or a version to evaluate"
+        found = wait_together(self.parallel, wanted, self._look, self.config.launch.poll_seconds)
+        return found if isinstance(found, Task) else None
 
     def annotate(self, stage: Stage, unit: int) -> None:
         """Score, judge and annotate one rollout shard into a sample shard."""
         shard = self._read_rollouts(stage, unit)
         if shard is None:
             return
-        with self._turn():
+        with doing(f"annotating {stage.name}, unit {unit + 1} of {stage.units}"), self._turn():
             started = time.monotonic()
             if stage.version != TEACHER_VERSION:
                 self._use_student(stage.version)
@@ -120,7 +122,7 @@ class Annotator:
         pairs = self._heldout_pairs()
         if pairs is None:
             return
-        with self._turn():
+        with doing(f"evaluating version {version}"), self._turn():
             started = time.monotonic()
             self._use_student(version)
             figures = evaluate_heldout(self.teacher, self.student, pairs, self.config.annotator.pack_length)
@@ -140,7 +142,7 @@ class Annotator:
         )
         if self.parallel.rank == 0:
             with lease(path, self.config.launch.lease_seconds) as held:
-                yield bool(broadcast_object(held))
+                yield bool(broadcast_object(held is not None))
         else:
             yield bool(broadcast_object(None))
 
@@ -156,21 +158,16 @@ class Annotator:
     def _open_tasks(self) -> Iterator[Task]:
         """First units, which the trainer may be waiting for, then evaluations."""
         for stage in self.plan.training_stages:
-            for unit in range(stage.units):
-                rolled_out = self.run.unit("rollouts", stage.name, unit).exists()
-                if rolled_out and not self.run.unit("samples", stage.name, unit).exists():
-                    yield Task(stage.name, unit)
+            rolled_out = finished_units(self.run, "rollouts", stage)
+            for unit in sorted(rolled_out - finished_units(self.run, "samples", stage)):
+                yield Task(stage.name, unit)
         if self._heldout_is_complete():
             for version in published_versions(self.run):
                 if not self.run.evaluation(version).exists():
                     yield Task(None, version=version)
 
     def _all_annotated(self) -> bool:
-        return all(
-            self.run.unit("samples", stage.name, unit).exists()
-            for stage in self.plan.training_stages
-            for unit in range(stage.units)
-        )
+        return all(is_finished(self.run, "samples", stage) for stage in self.plan.training_stages)
 
     def _read_rollouts(self, stage: Stage, unit: int) -> Shard | None:
         """A verified rollout shard on every rank; None if it was corrupt (rank 0 set it aside)."""
@@ -190,8 +187,7 @@ class Annotator:
         self._log("refresh", version=version, seconds=time.monotonic() - started)
 
     def _heldout_is_complete(self) -> bool:
-        stage = self.plan.stages[HELDOUT_STAGE]
-        return all(self.run.unit("rollouts", stage.name, unit).exists() for unit in range(stage.units))
+        return is_finished(self.run, "rollouts", self.plan.stages[HELDOUT_STAGE])
 
     def _heldout_pairs(self) -> list[tuple[np.ndarray, np.ndarray]] | None:
         """(prompt, response) of the held-out set, without empty responses; None if a shard was corrupt."""
@@ -220,9 +216,8 @@ class Annotator:
         logger.info("%s unit %d: kept %d of %d, rejected %s", stage.name, unit, kept, len(samples), dict(counts))
 
     def _unconditional_prefix(self) -> np.ndarray:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(self.config.models.student)
+        models = self.config.models
+        tokenizer = load_tokenizer(Path(models.student), trust_remote_code=models.trust_remote_code)
         return np.array(unconditional_prefix(tokenizer, self.config.selection.unconditional_prefix), dtype=np.int32)
 
     def _plan(self) -> Plan:
@@ -235,10 +230,6 @@ class Annotator:
 
     def _turn(self) -> contextlib.AbstractContextManager[None]:
         return turn(turn_lock(self.config, self.run) if self.parallel.rank == 0 else None)
-
-    @property
-    def _poll_seconds(self) -> float:
-        return self.config.launch.poll_seconds
 
 
 def _common_vocabulary(config: Config) -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from megatron_npd import activity
 from megatron_npd.data.batch import lay_out
 from megatron_npd.data.packing import pack
 from megatron_npd.hf_config import ModelDims, read_model_dims
@@ -120,6 +121,7 @@ def _packs(pairs: list[Pair], pack_length: int) -> Iterator[list[int]]:
     scored = [index for index, (_, response) in enumerate(pairs) if len(response)]
     lengths = np.array([len(pairs[index][0]) + len(pairs[index][1]) - 1 for index in scored], dtype=np.int64)
     for group in pack(lengths, pack_length):
+        activity.progress()
         yield [scored[number] for number in group]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter, OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -26,6 +26,9 @@ from megatron_npd.schema import TEACHER_VERSION, Verdict
 
 OFFSETS = ("prompt_offsets", "response_offsets", "topk_offsets")
 SMALL_COLUMNS = ("prompt_index", "sample_index", "policy_version", "verdict", *OFFSETS)
+
+Wait = Callable[[str, Callable[[], bool | None], float], object]
+"""What to wait for, looking whether it is there, and how often to look (seconds); as `buffer.waiting.wait_for`."""
 
 OPEN_FILES = 64
 """Shards a process holds open at most, of the 1,024 files it commonly may."""
@@ -104,10 +107,10 @@ class StageIndex:
         return shard
 
 
-def wait_for_stage(run: RunDirectory, config: Config, stage: Stage) -> None:
+def wait_for_stage(run: RunDirectory, config: Config, stage: Stage, wait: Wait = wait_for) -> None:
     """Return when every unit of a stage is annotated and verifies; a corrupt shard is set aside and waited for again.
 
-    Call on one rank: it may move files.
+    `wait`: must look on one rank only, for looking may move files.
     """
     for unit in range(stage.units):
         path = run.unit("samples", stage.name, unit)
@@ -115,7 +118,7 @@ def wait_for_stage(run: RunDirectory, config: Config, stage: Stage) -> None:
         def look(path=path) -> bool | None:
             return True if path.exists() and read_or_quarantine(path, "samples") is not None else None
 
-        wait_for(f"samples of {stage.name}, unit {unit + 1} of {stage.units}", look, config.launch.poll_seconds)
+        wait(f"samples of {stage.name}, unit {unit + 1} of {stage.units}", look, config.launch.poll_seconds)
 
 
 def open_stage(run: RunDirectory, config: Config, stage: Stage, newest_version: int) -> StageIndex:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import time
+from dataclasses import asdict
 from pathlib import Path
 
+from megatron_npd import stopping
+from megatron_npd.activity import doing, waiting
 from megatron_npd.buffer.plan import Plan, Stage, make_plan
+from megatron_npd.buffer.retention import retire_stages
 from megatron_npd.buffer.versions import published_versions
 from megatron_npd.buffer.waiting import turn, turn_lock
 from megatron_npd.config import Config
@@ -19,29 +24,32 @@ from megatron_npd.errors import UserError
 from megatron_npd.mcore.checkpoint import Checkpointer, latest_checkpoint, load_checkpoint, read_run_state
 from megatron_npd.mcore.optimizer import micro_batch_multiple, train_step
 from megatron_npd.mcore.parallel import barrier, broadcast_object, shutdown
+from megatron_npd.mcore.together import leave_if_asked, wait_together
 from megatron_npd.observe.metrics import Metrics
 from megatron_npd.run_directory import WARMUP_STAGE, RunDirectory
 from megatron_npd.schema import TEACHER_VERSION
 from megatron_npd.training.progress import Progress
-from megatron_npd.training.publishing import publish, write_student
+from megatron_npd.training.publishing import make_publisher, publish, write_student
 from megatron_npd.training.samples import StageIndex, open_stage, wait_for_stage
 from megatron_npd.training.schedule import Step, deal, imbalance, learning_rate, plan_steps
 from megatron_npd.training.step import collect_sums, forward_step
 from megatron_npd.training.step_metrics import StepReport
 from megatron_npd.training.student import make_student
+from megatron_npd.weights.publish import Published
 
 logger = logging.getLogger(__name__)
 
 
 def run(config: Config) -> None:
-    """Train the student from where the run directory stands to the end of the plan."""
+    """Train the student from where the run directory stands to the end of the plan.
+
+    Raises:
+        Stopped: it was asked to stop, and everything up to the last step is in a checkpoint.
+    """
     try:
         trainer = Trainer(config)
-        trainer.publish(0)
-        for stage in trainer.plan.training_stages:
-            if stage.name not in trainer.progress.finished:
-                trainer.train_stage(stage)
-        trainer.finish()
+        with stopping.deferred(), doing("getting ready for the next step"):
+            trainer.train()
     finally:
         shutdown()
 
@@ -57,14 +65,18 @@ class Trainer:
         self.parallel = self.student.parallel
         self.plan = self._plan()
         self.costs = cost_model(self.student.dims)
-        self.newest_version = max(published_versions(self.run), default=0)
+        self.newest_version = broadcast_object(max(published_versions(self.run), default=-1))
+        """Newest version that is published or being published; -1 before the first."""
         self.drifted: set[str] = set()
         """Stages whose near-policy limit was passed, and that were warned of."""
+        self._saved_step = 0
+        """Step of the newest checkpoint, current or under way; to begin anew is as good as one of step 0."""
         self.progress = self._resume()
         training = config.training
         self.checkpointer = Checkpointer(
             self.run.checkpoints, self.student.trainable, training.keep_checkpoints, training.asynchronous_checkpoints
         )
+        self.publisher = make_publisher(self.run, config, self.student, self._note_published)
         self.metrics = self._open_metrics()
         self.log(
             "start",
@@ -72,6 +84,18 @@ class Trainer:
             attention_backend=self.student.options.attention_backend,
             parameters=sum(p.numel() for model in self.student.trainable.models for p in model.parameters()),
         )
+
+    def train(self) -> None:
+        """Everything that is left of the plan. Can be stopped between two steps and while it waits for samples."""
+        try:
+            self.publish(0)
+            for stage in self.plan.training_stages:
+                if stage.name not in self.progress.finished:
+                    self.train_stage(stage)
+            self.finish()
+        except stopping.Stopped as request:
+            self._save_and_leave(request)
+            raise
 
     def train_stage(self, stage: Stage) -> None:
         """All steps of a stage that are left, the publication it owes, and checkpoints."""
@@ -81,32 +105,41 @@ class Trainer:
         logger.info("%s: %d samples, %d of %d steps left", stage.name, len(samples), len(steps) - done, len(steps))
         publish_at = self._publishing_step(stage, len(steps))
         for number, step in enumerate(steps[done:], start=done + 1):
-            drift = self._optimizer_step(stage, samples, step)
+            with doing(f"training on {stage.name}, step {number} of {len(steps)}"):
+                drift = self._optimizer_step(stage, samples, step)
             if number == publish_at or self._refresh_is_due(stage, drift):
                 self.publish(stage.version + 1 if stage.version != TEACHER_VERSION else 1)
+            self.publisher.poll()
             if number < len(steps):
                 self._checkpoint_if_due()
+                leave_if_asked(self.parallel)
         samples.close()
         self.progress.leave()
         self._checkpoint()
 
     def publish(self, version: int) -> None:
-        """Publish the current weights, unless that version is out already (a restart, or an early refresh)."""
-        self.newest_version = max(self.newest_version, version)
-        if version in published_versions(self.run):
-            barrier()
+        """Begin to publish the weights as they are, unless that version exists (a restart, or an early refresh)."""
+        if version <= self.newest_version:
             return
+        self.newest_version = version
+        self.publisher.wait()
         barrier()
-        with turn(self._turn_lock()):
-            started = time.monotonic()
-            student = self.student
-            size = publish(self.run, self.config, version, student.trainable.models, student.dims, self.parallel)
-        self.log("publish", version=version, bytes=size, seconds=time.monotonic() - started)
-        logger.info("published version %d (%.0f MB)", version, size / 1e6)
+        with doing(f"publishing version {version}"), turn(self._turn_lock()):
+            publish(self.publisher, self.run, self.config, version, self.student)
+
+    def _note_published(self, published: Published) -> None:
+        self.log("publish", **asdict(published))
+        logger.info(
+            "published version %d (%.0f MB) in %.1f s; training stood still for %.1f s",
+            published.version,
+            published.bytes / 1e6,
+            published.seconds,
+            published.stall_seconds,
+        )
 
     def finish(self) -> None:
         """Leave the finished student as an ordinary Hugging Face checkpoint."""
-        self.checkpointer.wait()
+        self._settle()
         if self.parallel.rank == 0:
             write_student(self.run, self.plan.final_version)
             logger.info("the student is in %s", self.run.student)
@@ -194,10 +227,9 @@ class Trainer:
         return early and stage.version + 1 < self.plan.final_version
 
     def _wait_and_open(self, stage: Stage) -> StageIndex:
-        self.checkpointer.wait()  # the stage may be hours away: what is done must be safe before
-        if self.parallel.rank == 0:
-            wait_for_stage(self.run, self.config, stage)
-        barrier()
+        # The stage may be hours away, or made by the very version under way: what is done must be out and safe before.
+        self._settle()
+        wait_for_stage(self.run, self.config, stage, functools.partial(wait_together, self.parallel))
         return open_stage(self.run, self.config, stage, self.newest_version)
 
     def _plan_steps(self, stage: Stage, samples: StageIndex) -> list[Step]:
@@ -227,6 +259,7 @@ class Trainer:
             raise UserError(f"{checkpoint}: belongs to another configuration; use another run_directory")
         load_checkpoint(checkpoint, self.student.trainable)
         progress = Progress.from_state(state["progress"])
+        self._saved_step = progress.step
         logger.info("resumed from %s: %s", checkpoint, progress)
         return progress
 
@@ -238,15 +271,38 @@ class Trainer:
             self.checkpointer.poll()
 
     def _checkpoint(self) -> None:
+        # A checkpoint counts the versions before it as published: resumed from, it never publishes them again.
+        self.publisher.wait()
         state = {"digest": self.config.digest, "progress": self.progress.to_state()}
-        with turn(self._turn_lock()):
+        with doing(f"saving a checkpoint of step {self.progress.step}"), turn(self._turn_lock()):
             started = time.monotonic()
             self.checkpointer.save(self.progress.step, state)
+        self._saved_step = self.progress.step
         self.log("checkpoint", seconds=time.monotonic() - started)
 
+    def _save_and_leave(self, request: stopping.Stopped) -> None:
+        """Leave nothing half done: the last step is in the current checkpoint, the last version is visible."""
+        step = self.progress.step
+        logger.info("asked to stop by signal %d: saving everything up to step %d", request.number, step)
+        self._settle()
+        if step != self._saved_step:
+            self._checkpoint()
+            self._settle()
+        logger.info("everything up to step %d is saved", step)
+
+    def _settle(self) -> None:
+        """Return when everything that is being published or saved is visible and current; no restart can then want a
+        stage that is behind it."""
+        with waiting("what is being published and saved to be written"):
+            self.publisher.wait()
+            self.checkpointer.wait()
+        if self.parallel.rank == 0:
+            retire_stages(self.run, self.plan, self.progress.finished, self.config.buffer.keep_rounds)
+
     def _turn_lock(self) -> Path | None:
-        """Rank 0 takes the turn for all ranks: the others cannot compute without it."""
-        return turn_lock(self.config, self.run) if self.parallel.rank == 0 else None
+        """Rank 0 takes the turn for all ranks: the others cannot compute without it. Nobody waits for it who leaves."""
+        takes_it = self.parallel.rank == 0 and not stopping.requested()
+        return turn_lock(self.config, self.run) if takes_it else None
 
     def _open_metrics(self) -> Metrics | None:
         if not self.parallel.is_logging_rank:

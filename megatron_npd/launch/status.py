@@ -1,0 +1,166 @@
+"""`npd status RUN`: who does what, or waits for what, since when; how far the run is; what went wrong.
+
+Read from the run directory alone, without torch, of a run that works, is finished, broken or copied. Ages are by the
+filesystem's clock, which stamped every file: the clocks of hosts may disagree.
+
+Keys of `status`, ages in seconds:
+
+    run, state (running, finished or stopped), student (folder of the finished one, or None)
+    processes [{name, role, rank, host, pid, state, what, for, heard_of, alive}]   for: how long it does that;
+        heard_of: age of its last sign of life; alive: heard of lately
+    stages [{name, units, rolled_out, annotated, state, leases [{kind, unit, host, pid, age}]}]   units: None where the
+        prompts cannot be read; state: to_come, training, trained, collected (its shards are removed), or heldout
+    versions, checkpoint {name, step, stage, stage_step, age}, trainer {step, stage, loss}   trainer: its last step
+    failures {role: n}, restarts {role: n}, last_failure {of, how, age, restart_in}
+    quarantined [files that were corrupt and were set aside]
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_npd.buffer.leases import filesystem_time
+from megatron_npd.buffer.listing import finished_units
+from megatron_npd.buffer.plan import Stage, make_plan
+from megatron_npd.buffer.retention import KINDS, collected
+from megatron_npd.buffer.versions import published_versions
+from megatron_npd.config import Config, load_config
+from megatron_npd.data.prompts import load_prompt_set
+from megatron_npd.errors import UserError
+from megatron_npd.heartbeat import QUIET_SECONDS, Sign, read_signs
+from megatron_npd.launch.journal import FAILURE, RESTART, read_journal
+from megatron_npd.launch.progress import last_record
+from megatron_npd.launch.resume_point import ResumePoint, resume_point
+from megatron_npd.launch.roles import TRAINER
+from megatron_npd.run_directory import HELDOUT_STAGE, RunDirectory, read_json
+
+
+def status(run_dir: str | Path) -> dict[str, Any]:
+    """How a run stands (see the module), as JSON values.
+
+    Raises:
+        UserError: not a run directory, or its config.toml cannot be used.
+    """
+    run = RunDirectory(Path(run_dir))
+    if not run.config.is_file():
+        raise UserError(f"{run_dir}: not a run directory: it has no {run.config.name}")
+    config, now, point = load_config(run.config), _now(run), resume_point(run)
+    processes = [_process(sign, now) for sign in read_signs(run)]
+    finished = run.student.is_dir()
+    idle = "finished" if finished else "stopped"
+    return {
+        "run": str(run.root),
+        "state": "running" if any(process["alive"] for process in processes) else idle,
+        "student": str(run.student) if finished else None,
+        "processes": processes,
+        "stages": _stages(run, config, point, now),
+        "versions": published_versions(run),
+        "checkpoint": point and _checkpoint(point, now),
+        "trainer": _last_step(run),
+        **_failures(run),
+        "quarantined": sorted(str(path.relative_to(run.root)) for path in _quarantined(run)),
+    }
+
+
+def _now(run: RunDirectory) -> float:
+    try:
+        return filesystem_time(run.root)
+    except OSError:  # a copy that may only be read
+        return time.time()
+
+
+def _process(sign: Sign, now: float) -> dict[str, Any]:
+    return {
+        "name": sign.name,
+        "role": sign.role,
+        "rank": sign.rank,
+        "host": sign.host,
+        "pid": sign.pid,
+        "state": sign.state,
+        "what": sign.what,
+        "for": max(now - sign.since, 0.0),
+        "heard_of": max(now - sign.beat, 0.0),
+        "alive": now - sign.beat < QUIET_SECONDS,
+    }
+
+
+def _stages(run: RunDirectory, config: Config, point: ResumePoint | None, now: float) -> list[dict[str, Any]]:
+    try:
+        sizes = [len(load_prompt_set(run.prompts(split))) for split in ("train", "heldout")]
+    except (OSError, ValueError):
+        sizes = None
+    stages = make_plan(config, *(sizes or (1, 1))).stages.values()
+    return [
+        {
+            "name": stage.name,
+            "units": stage.units if sizes else None,
+            "rolled_out": len(finished_units(run, "rollouts", stage)),
+            "annotated": len(finished_units(run, "samples", stage)),
+            "state": _stage_state(run, stage, point),
+            "leases": list(_leases(run, stage, now)),
+        }
+        for stage in stages
+    ]
+
+
+def _stage_state(run: RunDirectory, stage: Stage, point: ResumePoint | None) -> str:
+    if stage.name == HELDOUT_STAGE:
+        return "heldout"
+    if collected(run, "samples", stage.name):
+        return "collected"
+    if point and stage.name in point.finished:
+        return "trained"
+    return "training" if point and stage.name == point.stage else "to_come"
+
+
+def _leases(run: RunDirectory, stage: Stage, now: float) -> Iterator[dict[str, Any]]:
+    for kind in KINDS:
+        for path in sorted(run.lease(kind, stage.name, 0).parent.glob("unit_*.json")):
+            try:
+                holder, age = read_json(path), now - path.stat().st_mtime
+                yield {
+                    "kind": kind,
+                    "unit": int(path.stem.removeprefix("unit_")),
+                    "host": holder["host"],
+                    "pid": holder["pid"],
+                    "age": max(age, 0.0),
+                }
+            except (OSError, ValueError, KeyError, TypeError):  # just returned, or just being taken
+                continue
+
+
+def _checkpoint(point: ResumePoint, now: float) -> dict[str, Any]:
+    return {
+        "name": point.folder.name,
+        "step": point.step,
+        "stage": point.stage,
+        "stage_step": point.stage_step,
+        "age": max(now - point.written, 0.0),
+    }
+
+
+def _last_step(run: RunDirectory) -> dict[str, Any] | None:
+    record = last_record(run.metrics(TRAINER), "step")
+    return record and {"step": record.get("step"), "stage": record.get("stage"), "loss": record.get("train/loss")}
+
+
+def _failures(run: RunDirectory) -> dict[str, Any]:
+    journal = read_journal(run)
+    counts = {
+        event: Counter(str(record.get("of")) for record in journal if record["event"] == event)
+        for event in (FAILURE, RESTART)
+    }
+    last = next((record for record in reversed(journal) if record["event"] == FAILURE), None)
+    if last is not None:  # of this supervisor's host, whose clock wrote it
+        age = max(time.time() - last.get("time", 0.0), 0.0)
+        last = {key: last.get(key) for key in ("of", "how", "restart_in")} | {"age": age}
+    return {"failures": dict(counts[FAILURE]), "restarts": dict(counts[RESTART]), "last_failure": last}
+
+
+def _quarantined(run: RunDirectory) -> Iterator[Path]:
+    for kind in KINDS:
+        yield from run.unit(kind, HELDOUT_STAGE, 0).parents[1].glob("*/*.quarantined")
