@@ -45,6 +45,9 @@ MARK = "NPD_CHAOS"
 """Environment variable that every process of one chaos run inherits: how its processes are told from all others."""
 TAKEN_ALONG_SECONDS = 15.0
 """How long processes may outlive a killed supervisor."""
+KINDS = ("supervisor", "trainer", "annotator", "rollout", "rollout_teacher", "child of a role")
+PATIENCE_SECONDS = 10.0
+"""How long a kill waits for a process of the kind that was chosen."""
 TESTS = Path(__file__).resolve().parents[1] / "tests"
 
 
@@ -84,7 +87,7 @@ def disturbed_run(
     """One run to its end, whatever it takes; processes of it are killed until there were enough."""
     mark = uuid.uuid4().hex
     supervisor = start(path, overrides, mark)
-    next_kill = time.monotonic() + dice.expovariate(1.0 / mean_seconds)
+    aim = Aim(dice, mean_seconds)
     while True:
         if supervisor.poll() is not None:
             if supervisor.returncode == 0:
@@ -97,9 +100,9 @@ def disturbed_run(
                 outcome.faults.append(f"outlived the killed supervisor by {TAKEN_ALONG_SECONDS} s: {left}")
                 break
             supervisor = start(path, overrides, mark)
-        if kills and time.monotonic() > next_kill and (victim := pick(mark, dice)):
-            next_kill = time.monotonic() + dice.expovariate(1.0 / mean_seconds)
+        if kills and (victim := aim.victim(mark)):
             pid, name = victim
+            aim = Aim(dice, mean_seconds)
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
                 outcome.kills[name] += 1
@@ -125,15 +128,23 @@ def start(path: Path, overrides: list[str], mark: str) -> subprocess.Popen[bytes
     )
 
 
-def pick(mark: str, dice: random.Random) -> tuple[int, str] | None:
-    """A process to kill: first a kind of process, evenly, then one of that kind."""
-    by_name: dict[str, list[int]] = {}
-    for pid, name in processes(mark):
-        by_name.setdefault(name, []).append(pid)
-    if not by_name:
-        return None
-    name = dice.choice(sorted(by_name))
-    return dice.choice(sorted(by_name[name])), name
+class Aim:
+    """The next victim: a kind of process, and an instant. Chosen beforehand, or else the supervisor, which is always
+    there, would be hit most while the roles start."""
+
+    def __init__(self, dice: random.Random, mean_seconds: float):
+        self._dice = dice
+        self._kind = dice.choice(KINDS)
+        self._after = time.monotonic() + dice.expovariate(1.0 / mean_seconds)
+        self._until = self._after + PATIENCE_SECONDS
+
+    def victim(self, mark: str) -> tuple[int, str] | None:
+        """(pid, kind) once it is time and there is one; another kind's when none of this comes."""
+        now = time.monotonic()
+        if now < self._after:
+            return None
+        living = sorted(processes(mark))
+        return self._dice.choice([one for one in living if one[1] == self._kind or now > self._until] or [None])
 
 
 def processes(mark: str) -> Iterator[tuple[int, str]]:
