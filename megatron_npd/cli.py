@@ -1,19 +1,20 @@
 """The command line: `npd COMMAND ...`. Commands import what they need when they run, so `npd --help` is instant.
 
-Exit status: 0 done; 2 the input is refused, with one line on stderr; 1 a role failed; 128 + n stopped by signal n.
+Exit status: 0 done; 2 the input is refused, with one line on stderr; 1 a role failed; 74 a file could not be written or
+read (disk full, no permission), with one line; 128 + n stopped by signal n.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from megatron_npd import __version__
-from megatron_npd.errors import USAGE_STATUS, UserError
+from megatron_npd.errors import STORAGE_STATUS, USAGE_STATUS, UserError, storage_reason
 
 if TYPE_CHECKING:
     from megatron_npd.config import Config
@@ -26,15 +27,28 @@ def main(argv: list[str] | None = None) -> int:
     try:
         arguments = _parser().parse_args(argv)
         return arguments.command(arguments) or 0
-    except UserError as error:
-        print(f"npd: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return USAGE_STATUS
     except BrokenPipeError:  # `npd inspect RUN | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
-        print("npd: interrupted", file=sys.stderr)
+        _say("interrupted")
         return 130
+    except Exception as error:
+        if reason := storage_reason(error):
+            _say(f"error: {reason}")
+            return STORAGE_STATUS
+        if isinstance(error, UserError):
+            _say(f"error: {error}")
+            return USAGE_STATUS
+        raise
+
+
+def _say(text: str) -> None:
+    """One line on stderr, which may lie on the very disk that is full."""
+    try:
+        print(f"npd: {' '.join(text.split())}", file=sys.stderr, flush=True)
+    except OSError:  # what is left in the buffer would turn the exit status into Python's own
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def _run(arguments: Arguments) -> int:
@@ -50,7 +64,7 @@ def _check(arguments: Arguments) -> None:
 
     config = _load(arguments)
     check_directory(RunDirectory(Path(config.run_directory)), config)
-    inputs = preflight(config)
+    inputs = preflight(config, with_weights=not arguments.without_weights)
     for checkpoint in (inputs.teacher, inputs.student):
         dims = checkpoint.dims
         print(
@@ -81,11 +95,38 @@ def _annotator(arguments: Arguments) -> None:
     annotator.run(config)
 
 
-def _rollout(arguments: Arguments) -> None:
+def _rollout(arguments: Arguments) -> int:
     config = _enter_role(arguments, "rollout")
+    if arguments.policy == "all":
+        from megatron_npd.launch.policies import sample_both
+
+        return sample_both(config)
     from megatron_npd.rollout import sidecar
 
     sidecar.run(config, arguments.policy)
+    return 0
+
+
+def _slurm(arguments: Arguments) -> None:
+    from megatron_npd.launch.slurm_script import render
+    from megatron_npd.launch.slurm_submit import submit
+
+    config = _load(arguments)
+    script = render(config, arguments.config, arguments.set)
+    if arguments.output:
+        Path(arguments.output).write_text(script, encoding="utf-8")
+    if arguments.submit:
+        if not arguments.no_check:
+            _check(arguments)
+        print("\n".join(f"submitted job {job}" for job in submit(config, script)))
+    elif not arguments.output:
+        print(script, end="")
+
+
+def _supervise(arguments: Arguments) -> int:
+    from megatron_npd.launch.steps import supervise_steps
+
+    return supervise_steps(_load(arguments), arguments.steps)
 
 
 def _report(arguments: Arguments) -> None:
@@ -98,6 +139,14 @@ def _report(arguments: Arguments) -> None:
         raise UserError(f"{run.root}: no config.toml in it; must be a run directory")
     write_report(run, load_config(run.config))
     print(run.report)
+
+
+def _status(arguments: Arguments) -> None:
+    from megatron_npd.launch.status import status
+    from megatron_npd.launch.status_text import as_text
+
+    now = status(arguments.run)
+    print(json.dumps(now, indent=2, ensure_ascii=False) if arguments.json else as_text(now))
 
 
 def _inspect(arguments: Arguments) -> None:
@@ -122,18 +171,27 @@ def _load(arguments: Arguments) -> Config:
 
 
 def _enter_role(arguments: Arguments, role: str) -> Config:
-    """The configuration of a role whose run directory is prepared; sets up logging, environment and SIGTERM."""
+    """The configuration of a role whose run directory is prepared; sets up logging, environment, signals, and the
+    process's signs of life, which end with it. `role`: as `npd` calls it."""
+    from megatron_npd import stopping
+    from megatron_npd.heartbeat import Heartbeat
     from megatron_npd.launch.logs import configure_logging
     from megatron_npd.launch.prepare import open_run
-    from megatron_npd.launch.roles import role_environment
+    from megatron_npd.launch.roles import ROLLOUT, role_environment
 
     config = _load(arguments)
-    open_run(config)
+    run = open_run(config)
     for name, value in role_environment(config, role).items():
         os.environ.setdefault(name, value)
+    if arguments.slurm:
+        from megatron_npd.launch.slurm_task import task_environment
+
+        os.environ.update(task_environment(config, role, arguments.slurm, os.environ))
     configure_logging()
-    # A stopped role unwinds like a failing one, and so returns its leases instead of letting them expire.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    stopping.install()
+    if role != "rollout" or arguments.policy != "all":  # which has processes of its own
+        name = ROLLOUT[arguments.policy] if role == "rollout" else role
+        Heartbeat(run, name, int(os.environ.get("RANK", 0))).start()
     return config
 
 
@@ -159,20 +217,55 @@ def _parser() -> argparse.ArgumentParser:
 
     for name, command, text in (
         ("run", _run, "all roles on this machine, from prompts to finished student; continues what was begun"),
-        ("check", _check, "find what would keep a run from working, without loading a model or writing a file"),
         ("prepare", _prepare, "check, then make the run directory (the first thing `run` does)"),
-        ("trainer", _trainer, "one trainer rank (RANK, WORLD_SIZE from torchrun, srun or npd run)"),
-        ("annotator", _annotator, "one annotator rank"),
     ):
         commands.add_parser(name, help=text, description=text, parents=[configured]).set_defaults(command=command)
 
-    text = "one rollout sidecar; any number may work in one run directory"
-    rollout = commands.add_parser("rollout", help=text, description=text, parents=[configured])
-    rollout.add_argument("--policy", choices=("student", "teacher"), default="student", help="whose responses")
-    rollout.set_defaults(command=_rollout)
+    text = "find what would keep a run from working, without loading a model or writing a file"
+    check = commands.add_parser("check", help=text, description=text, parents=[configured])
+    check.add_argument(
+        "--without-weights",
+        action="store_true",
+        help="of the checkpoints only the .json and tokenizer files are here yet",
+    )
+    check.set_defaults(command=_check)
+
+    of_role = argparse.ArgumentParser(add_help=False, parents=[configured])
+    of_role.add_argument(
+        "--slurm", metavar="GPUS", help="a task of an srun step whose GPUs on each node are these: 0-3, 5 or none"
+    )
+    for name, command, text in (
+        ("trainer", _trainer, "one trainer rank (RANK, WORLD_SIZE from torchrun, npd run, or srun with --slurm)"),
+        ("annotator", _annotator, "one annotator rank"),
+        ("rollout", _rollout, "one rollout sidecar; any number may work in one run directory"),
+    ):
+        role = commands.add_parser(name, help=text, description=text, parents=[of_role])
+        role.set_defaults(command=command)
+        if name == "rollout":
+            role.add_argument(
+                "--policy", choices=("student", "teacher", "all"), default="student",
+                help="whose responses; all: the teacher's, then the student's",
+            )  # fmt: skip
+
+    text = "render the sbatch script of a run, or send it"
+    slurm = commands.add_parser("slurm", help=text, description=text, parents=[configured])
+    slurm.add_argument("--output", metavar="FILE", help="write the script there instead of showing it")
+    slurm.add_argument("--submit", action="store_true", help="check as `npd check` does, then hand it to sbatch")
+    slurm.add_argument("--no-check", action="store_true", help="submit without the check")
+    slurm.set_defaults(command=_slurm, without_weights=False)
+
+    text = "watch the steps of a Slurm job, as the script of `npd slurm` does"
+    supervise = commands.add_parser("supervise", help=text, description=text, parents=[configured])
+    supervise.add_argument("steps", nargs=argparse.REMAINDER, metavar="--step NAME SRUN...", help="one srun of a role")
+    supervise.set_defaults(command=_supervise)
 
     text = "write summary.json and report.html of a run in any state"
     commands.add_parser("report", help=text, description=text, parents=[of_run]).set_defaults(command=_report)
+
+    text = "who does what, or waits for what, since when; how far the run is; what went wrong"
+    status = commands.add_parser("status", help=text, description=text, parents=[of_run])
+    status.add_argument("--json", action="store_true", help="for machines")
+    status.set_defaults(command=_status)
 
     text = "judged samples as text, with their scores"
     inspect = commands.add_parser("inspect", help=text, description=text, parents=[of_run])

@@ -13,15 +13,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from megatron_npd.config_section import Section
 from megatron_npd.errors import UserError
-
-
-class Section(BaseModel):
-    """A table of the TOML file. Immutable; unknown keys are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, strict=True)
+from megatron_npd.slurm_config import SlurmConfig
 
 
 class ModelsConfig(Section):
@@ -31,6 +27,9 @@ class ModelsConfig(Section):
     """Hugging Face checkpoint folder the student starts from."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Compute and publishing dtype of every role; main weights and optimizer state are float32 always."""
+    trust_remote_code: bool = False
+    """Run Python code that lies in a checkpoint (its tokenizer, its configuration class). No supported model needs it:
+    openPangu's tokenizer is read from its SentencePiece file otherwise."""
 
 
 class PromptsConfig(Section):
@@ -218,6 +217,13 @@ class NearPolicyConfig(Section):
     """Past the limit: warn, or publish the next version at once (the sidecars then refresh early)."""
 
 
+class BufferConfig(Section):
+    keep_rounds: int = Field(0, ge=0)
+    """Shards of so many trained stages are kept, older ones removed; their figures stay. 0: all are kept."""
+    max_gib: float = Field(0.0, ge=0.0)
+    """While shards take more, nothing is generated for stages after the one being trained. 0: no limit."""
+
+
 class LaunchConfig(Section):
     turns: Literal["auto", "on", "off"] = "auto"
     """Let only one role compute at a time. auto: on where the roles want more threads than there are cores."""
@@ -225,6 +231,21 @@ class LaunchConfig(Section):
     """A unit of work whose worker gave no sign of life for so long is handed to another."""
     poll_seconds: float = Field(0.2, gt=0.0)
     """How often a waiting role looks at the run directory."""
+    grace_seconds: float = Field(60.0, ge=0.0)
+    """How long a role that is asked to stop may take before it is killed. The trainer finishes its step and saves a
+    checkpoint."""
+    max_restarts: int = Field(5, ge=0)
+    """How often a role that fails is started again without having got any further in between; 0: never. One failure
+    more within `restart_window_seconds` is a crash loop, and ends the run."""
+    restart_window_seconds: float = Field(1800.0, gt=0.0)
+    """Failures further apart are not of one crash loop."""
+    restart_delay_seconds: float = Field(1.0, ge=0.0)
+    """Time before the first restart of a role; doubled for each further one."""
+    longest_restart_delay_seconds: float = Field(60.0, ge=0.0)
+    """Largest time before a restart; the first as well after a full disk or a lost permission, which need time."""
+    hang_seconds: float = Field(3600.0, ge=0.0)
+    """A process that has not got further for so long, and is not waiting for another role, is killed and its role
+    started again. Longer than the longest load of a model. 0: never."""
 
 
 class Config(Section):
@@ -243,7 +264,9 @@ class Config(Section):
     warmup: WarmupConfig = WarmupConfig()
     training: TrainingConfig = TrainingConfig()
     near_policy: NearPolicyConfig = NearPolicyConfig()
+    buffer: BufferConfig = BufferConfig()
     launch: LaunchConfig = LaunchConfig()
+    slurm: SlurmConfig = SlurmConfig()
 
     @model_validator(mode="after")
     def _check_across_sections(self) -> Config:
@@ -294,8 +317,10 @@ class Config(Section):
     @property
     def identity(self) -> dict[str, Any]:
         """Everything that decides what the run computes, nested as in the file. The rest may change on a restart:
-        the directory, `launch`, how the trainer is laid out over ranks and how it saves."""
-        return self.model_dump(exclude={"run_directory": True, "launch": True, "training": CHANGEABLE_IN_TRAINING})
+        the directory, what stays on disk, `launch`, `slurm`, how the trainer is laid out over ranks and how it saves.
+        """
+        whole = dict.fromkeys(("run_directory", "buffer", "launch", "slurm"), True)
+        return self.model_dump(exclude=whole | {"training": CHANGEABLE_IN_TRAINING})
 
     @property
     def digest(self) -> str:

@@ -16,7 +16,22 @@ PACKAGE = "megatron_npd"
 ROOT = Path(__file__).resolve().parent.parent / PACKAGE
 
 LEVELS = [
-    ("config", "schema", "errors", "parallel", "hf_config", "families", "run_directory", "parent_death", "__init__"),
+    (
+        "config",
+        "config_section",
+        "slurm_config",
+        "schema",
+        "errors",
+        "parallel",
+        "hf_config",
+        "families",
+        "run_directory",
+        "parent_death",
+        "__init__",
+        "activity",
+        "heartbeat",
+        "stopping",
+    ),
     ("data", "buffer", "selection", "observe"),
     ("kernels", "mcore", "rollout", "weights"),
     ("teacher", "training", "conversion"),

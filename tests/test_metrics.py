@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_npd.observe.metrics import Metrics, read_metrics
+from megatron_npd.observe.metrics import Metrics, busy_span, read_metrics
 
 
 def test_a_torn_line_costs_itself_alone(tmp_path: Path) -> None:
@@ -22,3 +22,14 @@ def test_records_of_all_roles_come_by_time(tmp_path: Path) -> None:
     (tmp_path / "other.jsonl").write_text('[1, 2]\n{"no": "time"}\n')
     records = read_metrics(tmp_path)
     assert [record["role"] for record in records] == ["trainer", "annotator", "trainer"]
+
+
+def test_a_role_is_busy_only_while_it_does_nothing_else() -> None:
+    step = {"time": 100.0, "event": "step", "seconds": 4.0}
+    assert busy_span(step) == (96.0, 100.0)
+    assert busy_span({"time": 100.0, "perf/seconds": 4.0}) == (96.0, 100.0)
+    publish = {"time": 100.0, "event": "publish", "seconds": 10.0, "stall_seconds": 0.5}
+    assert busy_span(publish) == (90.0, 90.5), "the rest was written beside training"
+    assert busy_span(publish | {"stall_seconds": 0.0}) == (90.0, 90.0)
+    for silent in ({}, {"seconds": 0.0}, {"seconds": float("nan")}, {"seconds": None}):
+        assert busy_span({"time": 100.0} | silent) is None

@@ -109,9 +109,7 @@ def plan(samples: int) -> dict[str, Any]:
     lengths = np.minimum(generator.lognormal(6.0, 0.8, samples).astype(np.int64) + 100, 30_000)
     cost = CostModel(linear=1.0, attention=1e-5, head=0.0)
     started = time.perf_counter()
-    steps = plan_steps(
-        1, "round_0000", identities, lengths, epochs=1, capacity=32_768, global_batch_size=64, cost=cost
-    )
+    steps = plan_steps(1, "round_0000", identities, lengths, epochs=1, capacity=32_768, global_batch_size=64, cost=cost)
     seconds = time.perf_counter() - started
     placed = sum(len(items) for step in steps for items in step.packs)
     assert placed == samples, f"{placed} of {samples} samples were placed"

@@ -30,8 +30,8 @@ class Checkpoint:
         return f"{self.key} = {self.folder}"
 
 
-def check_checkpoint(key: str, folder: Path) -> Checkpoint:
-    """Check everything about a checkpoint but its tokenizer.
+def check_checkpoint(key: str, folder: Path, with_weights: bool = True) -> Checkpoint:
+    """Check everything about a checkpoint but its tokenizer; `with_weights` False: nor its weight files.
 
     Raises:
         UserError: no such folder, an unsupported model, a weight file that is missing or cut short, a tensor that is
@@ -40,7 +40,8 @@ def check_checkpoint(key: str, folder: Path) -> Checkpoint:
     if not folder.is_dir():
         raise UserError(f"{key} = {folder}: no such folder; must be a Hugging Face checkpoint")
     checkpoint = Checkpoint(key, folder, read_model_dims(folder), eos_token_ids(folder))
-    _check_tensors(checkpoint, _tensor_shapes(checkpoint))
+    if with_weights:
+        _check_tensors(checkpoint, _tensor_shapes(checkpoint))
     for eos in checkpoint.eos_ids:
         if not 0 <= eos < checkpoint.dims.vocab_size:
             raise UserError(

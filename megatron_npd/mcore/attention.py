@@ -30,6 +30,8 @@ from megatron_npd.mcore.packed import LocalSequences, PackedSequences
 
 logger = logging.getLogger(__name__)
 BACKENDS = ("te", "torch_varlen", "reference")
+LENGTHS_ON_CPU = 32
+"""Sequences are rounded up to a multiple of this: see `_excess`."""
 
 
 def choose_backend(requested: str, dtype: torch.dtype) -> str:
@@ -115,11 +117,13 @@ class ReferenceAttention(_PackedAttention):
         for (start_q, end_q), (start_k, end_k) in zip(pieces_q, pieces_k, strict=True):
             query = query_THD[start_q:end_q].transpose(0, 1)[None]
             key, value = (x[start_k:end_k].transpose(0, 1)[None] for x in (key_UGD, value_UGD))
-            mask = _causal(end_q - start_q, end_k - start_k, query.device)
+            if excess := _excess(query, key):
+                query, key, value = (F.pad(x, (0, 0, 0, excess)) for x in (query, key, value))
+            mask = _causal(query.shape[2], key.shape[2], query.device)
             attended = F.scaled_dot_product_attention(
                 query, key, value, scale=self.softmax_scale, enable_gqa=True, **mask
             )
-            outputs.append(attended[0].transpose(0, 1))
+            outputs.append(attended[0, :, : end_q - start_q].transpose(0, 1))
         return torch.cat(outputs)
 
 
@@ -143,6 +147,17 @@ class TorchVarlenAttention(_PackedAttention):
             window_size=(-1, 0),  # causal, aligned at the bottom right
             enable_gqa=query_THD.shape[1] != key_UGD.shape[1],
         )
+
+
+def _excess(query: torch.Tensor, key: torch.Tensor) -> int:
+    """Positions to add behind a sequence; causal attention does not look at them.
+
+    In 16 bit on a CPU, torch compiles kernels for every length it meets and keeps them: 1.6 MB a length, and as much
+    again in holes between them (measured, forward and backward). Few lengths are also faster.
+    """
+    if query.device.type != "cpu" or query.dtype == torch.float32 or query.shape[2] != key.shape[2]:
+        return 0
+    return -query.shape[2] % LENGTHS_ON_CPU
 
 
 def _causal(queries: int, keys: int, device: torch.device) -> dict[str, Any]:

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megatron_npd.mcore import cpu
+from megatron_npd.mcore.rendezvous import leave_meeting_place, meeting_place
 from megatron_npd.parallel import Parallel
-
-RENDEZVOUS = "NPD_RENDEZVOUS"
-"""Environment variable: a file path all ranks of one start share. Without it, torchrun's MASTER_ADDR is used."""
 
 
 def initialize(
@@ -45,11 +41,12 @@ def initialize(
     if not dist.is_initialized():
         dist.init_process_group(
             "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl",
-            **_meeting_place(world_size),
+            **meeting_place(rank, world_size, timeout),
             rank=rank,
             world_size=world_size,
             timeout=timeout,
         )
+        leave_meeting_place(rank)
     parallel_state.initialize_model_parallel(tp, pp, virtual if virtual > 1 else None, context_parallel_size=cp)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     dp = parallel_state.get_data_parallel_world_size()
@@ -97,14 +94,3 @@ def broadcast_object(value: object, source: int = 0) -> object:
     box = [value]
     dist.broadcast_object_list(box, src=source)
     return box[0]
-
-
-def _meeting_place(world_size: int) -> dict[str, Any]:
-    """How the ranks find each other, as arguments of `init_process_group`."""
-    if RENDEZVOUS in os.environ:
-        return {"init_method": f"file://{Path(os.environ[RENDEZVOUS]).resolve()}"}
-    if "MASTER_ADDR" in os.environ:
-        return {"init_method": "env://"}
-    if world_size > 1:
-        raise ValueError(f"WORLD_SIZE = {world_size}: needs {RENDEZVOUS} or MASTER_ADDR to find the other ranks")
-    return {"store": dist.HashStore()}  # alone: nobody to meet

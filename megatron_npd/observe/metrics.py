@@ -1,19 +1,28 @@
 """Metrics as JSON lines, one file a process, and TensorBoard scalars for what has a step.
 
 A record always has `time` (Unix seconds at its end), `role` and `event`. A record with `seconds` also says that the
-role was busy from `time - seconds` to `time`: the report draws roles over time from that.
+role was busy from `time - seconds` to `time`: the report draws roles over time from that (`busy_span`).
 
 Events: `step` (trainer: train/*, near_policy/*, perf/*, by global step), `unit` (rollout and annotator: samples,
-response_tokens, tokens, seconds), `refresh` (rollout: version, parity_mean, parity_max), `publish` (trainer: version,
-bytes), `evaluation` (annotator: version, heldout_kl), `phase` (supervisor and trainer: name).
+response_tokens, tokens, seconds), `refresh` (rollout: version, bytes, verify_seconds before the engine was stopped,
+stall_seconds for which it was, parity_mean, parity_max), `publish` (trainer: version,
+bytes, seconds from the beginning until it was visible, stall_seconds of them during which training stood still: the
+rest ran beside training), `evaluation` (annotator: version, heldout_kl), `phase` (supervisor and trainer: name).
 """
 
 from __future__ import annotations
 
 import json
+import math
+import os
 import time
 from pathlib import Path
 from typing import Any
+
+from megatron_npd.run_directory import RunDirectory
+
+INSTANCE = "NPD_INSTANCE"
+"""Environment variable: tells this process from others of its role, where there are several."""
 
 
 class Metrics:
@@ -42,6 +51,22 @@ class Metrics:
             self._scalars.flush()
 
 
+def metrics_file(run: RunDirectory, role: str) -> Path:
+    """This process's metrics file."""
+    instance = os.environ.get(INSTANCE)
+    return run.metrics(f"{role}.{instance}" if instance else role)
+
+
+def busy_span(record: dict[str, Any]) -> tuple[float, float] | None:
+    """When (Unix seconds, from and to) a record's role did nothing else; None if the record does not say."""
+    seconds = _finite(record, "seconds") or _finite(record, "perf/seconds")
+    if not seconds:
+        return None
+    stall = _finite(record, "stall_seconds")
+    begin = record["time"] - seconds
+    return begin, begin + (seconds if stall is None else min(stall, seconds))
+
+
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Every record of every role below a `metrics/` folder, by time; a torn last line is passed over."""
     records = []
@@ -54,6 +79,11 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
             if isinstance(record, dict) and "time" in record:
                 records.append(record)
     return sorted(records, key=lambda record: record["time"])
+
+
+def _finite(record: dict[str, Any], key: str) -> float | None:
+    value = record.get(key)
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def _summary_writer(folder: Path) -> Any:

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter
 
+from megatron_npd.observe.metrics import busy_span
 from megatron_npd.run_directory import HELDOUT_STAGE, WARMUP_STAGE
 from megatron_npd.schema import Verdict
 
@@ -146,14 +147,14 @@ def plot_histogram(scores: Scores, tau: float) -> Figure | None:
 
 def plot_roles(records: list[Record], steps: list[Record]) -> Figure | None:
     """Samples and trained tokens so far, over a Gantt chart of the roles; one time axis."""
-    busy = [(record, seconds) for record in records if (seconds := _seconds(record))]
+    busy = [(record, *span) for record in records if (span := busy_span(record))]
     if not busy:
         return None
-    begin = min(record["time"] - seconds for record, seconds in busy)
-    span = max(record["time"] for record, _ in busy) - begin
+    begin = min(start for _, start, _ in busy)
+    span = max(record["time"] for record, _, _ in busy) - begin
     unit, scale = next((name, n) for name, n in (("h", 3600), ("min", 60), ("s", 1)) if span > 3 * n or n == 1)
-    busy.sort(key=lambda pair: pair[0]["time"] - pair[1])
-    lanes = list(dict.fromkeys(record["role"] for record, _ in busy))
+    busy.sort(key=lambda entry: entry[1])
+    lanes = list(dict.fromkeys(record["role"] for record, _, _ in busy))
     figure = Figure(figsize=(8, 3.6 + 0.34 * len(lanes)))
     samples, tokens, gantt = figure.subplots(3, 1, sharex=True, height_ratios=[1.6, 1, 0.5 + 0.34 * len(lanes)])
 
@@ -170,11 +171,11 @@ def plot_roles(records: list[Record], steps: list[Record]) -> Figure | None:
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(EngFormatter(sep=""))
         axes.legend(loc="upper left")
-    stages = list(dict.fromkeys(_stage(record) for record, _ in busy))
+    stages = list(dict.fromkeys(_stage(record) for record, _, _ in busy))
     for lane, role in enumerate(lanes):
         for stage in stages:
-            mine = [(r, s) for r, s in busy if r["role"] == role and _stage(r) == stage]
-            bars = [((r["time"] - s - begin) / scale, s / scale) for r, s in mine]
+            mine = [(start, end) for r, start, end in busy if r["role"] == role and _stage(r) == stage]
+            bars = [((start - begin) / scale, (end - start) / scale) for start, end in mine]
             gantt.broken_barh(bars, (lane - 0.36, 0.72), color=_stage_colour(stage), linewidth=0.4, rasterized=True)
     gantt.set(yticks=range(len(lanes)), yticklabels=lanes, ylim=(len(lanes) - 0.5, -0.5), xlabel=f"time, {unit}")
     gantt.grid(axis="y", visible=False)
@@ -211,10 +212,6 @@ def _series(records: list[Record], key: str, x: str = "step") -> tuple[np.ndarra
     """The finite values of a key and where they lie, float64 [n] each."""
     pairs = [(r[x], r[key]) for r in records if isinstance(r.get(key), int | float) and math.isfinite(r[key])]
     return np.array(pairs, dtype=np.float64).reshape(-1, 2).T
-
-
-def _seconds(record: Record) -> float:
-    return record.get("seconds") or record.get("perf/seconds") or 0.0
 
 
 def _marker(x: np.ndarray) -> dict[str, Any]:

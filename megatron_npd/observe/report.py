@@ -107,6 +107,9 @@ def _details(summary: dict[str, Any]) -> str:
     """Speed, settings and versions, folded away."""
     speed = [[f"{role}, tokens/s", rate] for role, rate in (summary.get("tokens_per_second_by_role") or {}).items()]
     keys = ("attention_backend", "packing_efficiency", "git_commit")
+    for version, cost in (summary.get("publishing") or {}).items():
+        seconds, stall = (_figure(cost[key], ".1f") for key in ("seconds", "stall_seconds"))
+        speed.append([f"publishing version {version}", f"{seconds} s, of which training stood still {stall} s"])
     rows = speed + [[words(key), summary.get(key)] for key in keys]
     rows += [[words(key), value] for key, value in (summary.get("settings") or {}).items()]
     rows += [[name, version] for name, version in (summary.get("versions") or {}).items()]

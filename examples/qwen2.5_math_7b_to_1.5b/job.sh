@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# Near-Policy Distillation of examples/qwen2.5_math_7b_to_1.5b/run.toml: rendered by `npd slurm`, sent with `sbatch FILE`.
+#
+#   trainer    node 0       2 processes, GPUs 0-1
+#   annotator  node 0       1 process, GPU 2
+#   rollout    node 0       5 processes, GPUs 3-7
+#
+#SBATCH --job-name=qwen2.5_math_7b_to_1.5b
+#SBATCH --output=%x-%j.log
+#SBATCH --open-mode=append
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@600
+#SBATCH --requeue
+#SBATCH --no-kill
+#SBATCH --nodes=1
+#SBATCH --gpus-per-node=8
+#SBATCH --ntasks-per-node=8
+#SBATCH --exclusive
+#SBATCH --mem=0
+
+# shellcheck disable=SC1091  # what `setup` sources is not here
+set -euo pipefail
+source .venv/bin/activate
+
+CONFIG=examples/qwen2.5_math_7b_to_1.5b/run.toml
+RUN=runs/qwen2.5_math_7b_to_1.5b
+SETTINGS=(--set launch.turns=off)
+
+# The job's nodes, numbered as above.
+mapfile -t NODES < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+
+# Steps overlap: this script divides the devices, not Slurm. `npd ROLE --slurm 4-5` takes GPUs 4 and 5 of its node.
+SRUN=(srun --overlap --cpu-bind=none --mpi=none --kill-on-bad-exit=1 --wait=0 --unbuffered --open-mode=append)
+
+steps=()
+step() { # NAME FIRST_NODE NODES TASKS_PER_NODE DEVICES COMMAND...
+    local name=$1 nodes
+    nodes=$(IFS=, && echo "${NODES[*]:$2:$3}")
+    steps+=(--step "$name" "${SRUN[@]}" --job-name="$name" --output="$RUN/logs/$name.rank%t.log"
+        --nodelist="$nodes" --nodes="$3" --ntasks-per-node="$4" --ntasks="$(($3 * $4))"
+        npd "${@:6}" "$RUN/config.toml" --slurm "$5")
+}
+step trainer 0 1 2 0-1 trainer
+step annotator.node0 0 1 1 2 annotator
+step rollout.node0 0 1 5 3-7 rollout --policy all
+
+# Checks everything, then makes the run directory or finds it made by an earlier job.
+npd prepare "$CONFIG" "${SETTINGS[@]}"
+
+# One srun a step. What fails is started again; what is lost with its node is done without, where others of its role are
+# left. When the time limit is near, the trainer saves a checkpoint.
+npd supervise "$RUN/config.toml" "${steps[@]}" &
+supervisor=$!
+trap 'kill -USR1 "$supervisor"' USR1
+trap 'kill -TERM "$supervisor"' TERM
+status=0
+while
+    wait "$supervisor" && status=0 || status=$?
+    kill -0 "$supervisor" 2>/dev/null # a signal ended the wait, not the supervisor
+do :; done
+
+case $status in
+0) npd report "$RUN" ;;
+138 | 75) scontrol requeue "$SLURM_JOB_ID" ;; # stopped in time, or lost a node: starts again and goes on
+esac
+exit "$status"

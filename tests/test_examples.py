@@ -1,0 +1,94 @@
+"""The examples: each says what the paper's recipe says, renders, passes the check, and runs scaled down."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import scaled_examples
+from fabricated_buffer import make_buffer
+from scaled_examples import EXAMPLES, NAMES
+from test_pipeline import npd, run_trainer
+
+from megatron_npd.buffer.versions import published_versions, verify_version
+from megatron_npd.cli import main
+from megatron_npd.config import load_config
+from megatron_npd.launch.slurm_layout import slurm_layout
+from megatron_npd.launch.slurm_script import render
+from megatron_npd.run_directory import RunDirectory
+
+
+def test_there_are_five() -> None:
+    assert NAMES == [
+        "openpangu_72b_to_7b",
+        "openpangu_7b_to_1b",
+        "qwen2.5_coder_7b_to_1.5b",
+        "qwen2.5_math_7b_to_1.5b",
+        "qwen3_8b_to_0.6b",
+    ]
+    assert all((EXAMPLES / name / "README.md").is_file() for name in NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_is_the_papers_recipe(name: str) -> None:
+    config = load_config(EXAMPLES / name / "run.toml")
+    assert (config.training.kd_lambda, config.annotator.top_k, config.selection.tau) == (0.9, 10, 0.8)
+    assert config.rounds.count * config.rounds.epochs_per_round == 10, "ten epochs, one refresh"
+    assert (config.training.sequence_length, config.training.lr, config.training.min_lr) == (32768, 1e-5, 1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_script_beside_it_is_what_npd_slurm_renders(name: str) -> None:
+    """If not: `for d in examples/*/run.toml; do npd slurm $d --output ${d%run.toml}job.sh; done`"""
+    path = EXAMPLES / name / "run.toml"
+    config = load_config(path)
+    assert slurm_layout(config).idle_devices == 0
+    rendered = render(config, str(path.relative_to(EXAMPLES.parent)), [])
+    assert (EXAMPLES / name / "job.sh").read_text(encoding="utf-8") == rendered
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_passes_the_check_before_its_weights_are_there(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scaled_examples.download_without_weights(name, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    path = str(EXAMPLES / name / "run.toml")
+    assert main(["check", path, "--without-weights"]) == 0, capsys.readouterr().err
+    said = capsys.readouterr().out
+    assert "ok: " in said
+    assert main(["check", path]) == 2
+    assert "no *.safetensors file in it" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen2.5_math_7b_to_1.5b", "qwen3_8b_to_0.6b"])
+def test_a_scaled_down_run(name: str, tmp_path: Path) -> None:
+    """openpangu_7b_to_1b runs in test_slurm."""
+    inputs = scaled_examples.scaled_down(name, tmp_path)
+    npd("run", inputs.path)
+    check_finished(inputs.run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["openpangu_72b_to_7b", "qwen2.5_coder_7b_to_1.5b"])
+def test_a_scaled_down_trainer(name: str, tmp_path: Path) -> None:
+    """Of these, another example of the same families exercises the engine."""
+    inputs = scaled_examples.scaled_down(name, tmp_path)
+    run = make_buffer(inputs)
+    run_trainer(load_config(run.config), run)
+    assert verify_version(run.version(max(published_versions(run))))
+    assert run.student.is_dir()
+
+
+def check_finished(folder: Path) -> None:
+    """The run published every version of its plan, kept and rejected samples, and trained ten epochs."""
+    run = RunDirectory(folder)
+    summary = json.loads(run.summary.read_text())
+    config = load_config(run.config)
+    versions = 3 + (config.warmup.samples_per_prompt > 0)
+    assert published_versions(run) == list(range(versions))
+    assert summary["rounds"] == 2 and summary["refreshes"] == 1
+    assert summary["rollouts_kept"] > 0
+    assert run.student.is_dir() and run.report.is_file()

@@ -1,0 +1,77 @@
+"""`npd rollout --policy all`: the teacher first, then the student, and the teacher again when work comes back to it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import Inputs
+from supervised import alive, wait_until
+
+from megatron_npd.buffer.plan import Plan, make_plan
+from megatron_npd.launch.policies import next_policy
+from megatron_npd.launch.prepare import prepare
+from megatron_npd.run_directory import RunDirectory
+
+
+@pytest.fixture
+def prepared(inputs: Inputs) -> tuple[RunDirectory, Plan]:
+    """A prepared run in which nothing was sampled."""
+    return prepare(inputs.config), make_plan(inputs.config, 6, 3)
+
+
+def sample(run: RunDirectory, plan: Plan, stage: str) -> list[Path]:
+    """Put a file where each unit of a stage belongs; by their names alone is told what is left to do."""
+    units = [run.unit("rollouts", stage, unit) for unit in range(plan.stages[stage].units)]
+    for unit in units:
+        unit.parent.mkdir(parents=True, exist_ok=True)
+        unit.touch()
+    return units
+
+
+def test_whose_turn_it_is(prepared: tuple[RunDirectory, Plan]) -> None:
+    run, plan = prepared
+    assert next_policy(run, plan) == "teacher"
+    (heldout,) = sample(run, plan, "heldout")
+    assert next_policy(run, plan) == "student"
+    sample(run, plan, "round_0000")
+    assert next_policy(run, plan) == "student"
+    sample(run, plan, "round_0001")
+    assert next_policy(run, plan) is None
+    heldout.unlink()
+    assert next_policy(run, plan) == "teacher"
+
+
+@pytest.mark.slow
+def test_the_student_makes_room_for_the_teacher(prepared: tuple[RunDirectory, Plan], tmp_path: Path) -> None:
+    """The real processes; none gets so far as to start an engine."""
+    run, plan = prepared
+    (heldout,) = sample(run, plan, "heldout")
+    log = tmp_path / "log"
+    command = [sys.executable, "-m", "megatron_npd.cli", "rollout", str(run.config), "--policy", "all"]
+    with open(log, "wb") as stream:
+        process = subprocess.Popen(command, stderr=stream)
+    try:
+        wait_until(lambda: "waiting for the first published policy version" in log.read_text(), 120)
+        heldout.unlink()
+        wait_until(lambda: log.read_text().endswith("sampling with the teacher\n"), 120)
+        heldout.touch()  # another sidecar has done it
+        wait_until(lambda: log.read_text().count("sampling with the student") == 2, 120)
+        (child,) = children(process.pid)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 128 + signal.SIGTERM
+        assert not alive(child)
+    finally:
+        process.kill()
+        process.wait()
+    assert "there is work for the teacher again" in log.read_text()
+
+
+def children(pid: int) -> list[int]:
+    """Process ids of a process's children."""
+    tasks = Path(f"/proc/{pid}/task")
+    return [int(child) for task in os.listdir(tasks) for child in (tasks / task / "children").read_text().split()]
