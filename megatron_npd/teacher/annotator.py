@@ -190,14 +190,15 @@ class Annotator:
         return is_finished(self.run, "rollouts", self.plan.stages[HELDOUT_STAGE])
 
     def _heldout_pairs(self) -> list[tuple[np.ndarray, np.ndarray]] | None:
-        """(prompt, response) of the held-out set, without empty responses; None if a shard was corrupt."""
+        """(prompt, response) of the held-out set; None if a shard was corrupt. Left out are empty responses, and those
+        with an id that one of the two models does not have (the teacher may sample one of its padding rows)."""
         stage, pairs = self.plan.stages[HELDOUT_STAGE], []
         for unit in range(stage.units):
             shard = self._read_rollouts(stage, unit)
             if shard is None:
                 return None
             pairs += [(shard.prompt(row), shard.response(row)) for row in range(len(shard))]
-        return [(prompt, response) for prompt, response in pairs if len(response)]
+        return [pair for pair in pairs if len(pair[1]) and max(ids.max() for ids in pair) < self.vocabulary]
 
     def _report_unit(self, stage: Stage, unit: int, samples: Shard, tokens: int, seconds: float) -> None:
         counts = Counter(Verdict(verdict).name.lower() for verdict in samples["verdict"])
