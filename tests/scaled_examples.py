@@ -88,7 +88,8 @@ def scaled_down(name: str, root: Path) -> Inputs:
     """An example with tiny models of the same families, and everything else that is measured in tokens smaller.
 
     The recipe stays: rounds, epochs, refresh, λ, k, τ, the loss. So does the trainer's kind of layout, on two ranks.
-    Both models get the same number of embedding rows: a random teacher would sample the padding that a real one never does.
+    Both models get the same number of embedding rows: a random teacher would sample padding, which a real one hardly
+    ever does.
     """
     from tiny_models import make_model
     from tiny_tokenizer import make_tokenizer

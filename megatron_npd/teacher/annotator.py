@@ -198,7 +198,13 @@ class Annotator:
             if shard is None:
                 return None
             pairs += [(shard.prompt(row), shard.response(row)) for row in range(len(shard))]
-        return [pair for pair in pairs if len(pair[1]) and max(ids.max() for ids in pair) < self.vocabulary]
+        usable = [pair for pair in pairs if len(pair[1]) and max(ids.max() for ids in pair) < self.vocabulary]
+        if not usable:
+            raise UserError(
+                f"{self.run.root}: all {len(pairs)} held-out responses are empty or hold ids that one of the models "
+                "does not have; must be at least one that both can score"
+            )
+        return usable
 
     def _report_unit(self, stage: Stage, unit: int, samples: Shard, tokens: int, seconds: float) -> None:
         counts = Counter(Verdict(verdict).name.lower() for verdict in samples["verdict"])
