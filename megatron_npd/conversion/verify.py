@@ -92,9 +92,10 @@ def compare_logits(
 
 def known_to_transformers(folder: Path) -> bool:
     """Whether transformers can build the model without code from the checkpoint."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    # Of models, not of configurations: the rollout side registers one of openPangu's, without a model.
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    return read_json(folder / "config.json").get("model_type") in CONFIG_MAPPING
+    return read_json(folder / "config.json").get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
 @torch.no_grad()
