@@ -16,7 +16,7 @@ import shutil
 import threading
 import time
 import uuid
-from multiprocessing import active_children
+from multiprocessing.context import ForkProcess
 from multiprocessing.managers import SyncManager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -212,19 +212,27 @@ def _write(trainer: int, function: Any, *arguments: Any, **keywords: Any) -> Non
     writer = os.getpid()
     os.register_at_fork(after_in_child=lambda: die_with(writer))
     torch.set_num_threads(1)
-    threading.Thread(target=_end_with_a_killed_child, daemon=True).start()
+    _end_with_a_killed_child()
     function(*arguments, **keywords)
 
 
 def _end_with_a_killed_child() -> None:
     """Megatron waits for ever for a process that it split the writing over and that was killed; the trainer would too.
     It looks at this process alone, so this one must end then."""
-    children: set[BaseProcess] = set()
-    while True:
-        children.update(active_children())
-        if any(child.exitcode for child in children):
-            os._exit(1)
-        time.sleep(0.1)
+    children: list[BaseProcess] = []  # `active_children` forgets one that ends before it is asked
+    start = ForkProcess.start
+
+    def start_and_remember(child: BaseProcess) -> None:
+        start(child)
+        children.append(child)
+
+    def watch() -> None:
+        while not any(child.exitcode for child in children):
+            time.sleep(0.1)
+        os._exit(1)
+
+    ForkProcess.start = start_and_remember
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _enter_results_server(trainer: int) -> None:
