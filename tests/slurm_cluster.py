@@ -85,6 +85,10 @@ class Cluster:
         listed = self.run("squeue", "--steps", "--noheader", f"--jobs={job}", "--format=%i %j").splitlines()
         return {name: step for step, name in (line.split() for line in listed)}
 
+    def logs(self) -> str:
+        """The end of what the controller and the nodes logged."""
+        return "\n".join(f"{log.name}:\n{log.read_text()[-3000:]}" for log in sorted(self.folder.glob("slurm*.log")))
+
 
 def missing() -> str | None:
     """Why there can be no cluster here, after trying to install what it takes; None: there can."""

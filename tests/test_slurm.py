@@ -67,7 +67,10 @@ class Job:
     def wait_until(self, condition: Callable[[], object], what: str) -> None:
         while not condition():
             if time.monotonic() > self._until or self.state in ("FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"):
-                pytest.fail(f"{what}: waited in vain; the job is {self.state}:\n{self.said[-8000:]}")
+                pytest.fail(
+                    f"{what}: waited in vain; the job is {self.state}:\n{self.said[-8000:]}\n"
+                    f"{self.cluster.run('scontrol', 'show', 'job', self.number)}\n{self.cluster.logs()}"
+                )
             time.sleep(0.1)
 
     @property
