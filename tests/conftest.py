@@ -81,6 +81,11 @@ def engines_live_on() -> Iterator[None]:
         patch.setattr(RolloutEngine, "__init__", keep_and_make)
         yield
         patch.setattr(gc, "collect", lambda *_: 0)  # vLLM collects three times for each engine: half a minute
+        if engines:
+            from vllm.v1.engine import core
+
+            # For good, as finalizers call it too: other tests of this process have left torch.distributed since.
+            core.cleanup_dist_env_and_memory = lambda: None
         for engine in engines:
             if hasattr(engine, "_llm"):  # not where its start was refused
                 engine._llm.engine_core.shutdown()

@@ -110,6 +110,7 @@ def finished(cluster: Cluster, inputs: Inputs) -> Job:
     job.wait_until(lambda: job.steps_trained("round_0000") >= 2, "two steps of round 0")
     cluster.run("scancel", "--signal=USR1", "--batch", job.number)  # as Slurm does when the time limit is near
     job.wait_until(lambda: job.cluster.job(job.number)["Restarts"] == "1" and job.state == "PENDING", "the requeue")
+    time.sleep(3)  # started in the second its credential was revoked, it would be refused by its nodes
     cluster.run("scontrol", "update", f"JobId={job.number}", "StartTime=now")
     job.wait_until(lambda: "rollout.node2" in cluster.steps(job.number), "the second start")
     cluster.run("scontrol", "update", "NodeName=n3", "State=DOWN", "Reason=test")
