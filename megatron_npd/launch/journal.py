@@ -1,6 +1,7 @@
 """What happened to the run itself, for `npd status` and the report: metrics/supervisor.jsonl.
 
-Events: `phase` (name, seconds), `failure` (of: the role; how, status), `restart` (of), `stop` (signal).
+Events: `start` (import_seconds: of this process until it starts the roles), `phase` (name, seconds), `failure` (of: the
+role; how, status), `restart` (of), `stop` (signal).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from megatron_npd.observe.metrics import Metrics
 from megatron_npd.run_directory import RunDirectory
 
 SUPERVISOR = "supervisor"
-FAILURE, RESTART, STOP, PHASE = "failure", "restart", "stop", "phase"
+START, FAILURE, RESTART, STOP, PHASE = "start", "failure", "restart", "stop", "phase"
 
 
 class Journal:

@@ -25,13 +25,14 @@ from megatron_npd.heartbeat import clock_oddity
 from megatron_npd.launch.console import Console
 from megatron_npd.launch.exclusive import only_supervisor
 from megatron_npd.launch.guardian import Guardian
-from megatron_npd.launch.journal import STOP, SUPERVISOR, Journal
+from megatron_npd.launch.journal import START, STOP, SUPERVISOR, Journal
 from megatron_npd.launch.leftovers import remove_dead_signs, remove_unfinished, return_stale_leases
 from megatron_npd.launch.prepare import check_directory, prepare
 from megatron_npd.launch.processes import Child, stop
 from megatron_npd.launch.progress import Progress
 from megatron_npd.launch.roles import Role, roles_of
 from megatron_npd.launch.shift import Shift
+from megatron_npd.observe.metrics import process_seconds
 from megatron_npd.run_directory import RunDirectory
 
 POLL_SECONDS = 0.2
@@ -66,6 +67,7 @@ def watch_run(run: RunDirectory, config: Config, console: Console, roles_of_plan
     progress = Progress(run, plan, journal)
     console.say(f"run directory {run.root}")
     _clean_up(run, console)
+    journal.record(START, import_seconds=process_seconds())
     status = watch(run, roles_of_plan(plan), console, journal, progress.describe, config.launch)
     progress.finish()
     return status

@@ -89,6 +89,18 @@ def barrier() -> None:
     dist.barrier()
 
 
+def greatest(values: dict[str, int]) -> dict[str, int]:
+    """The largest of each value over all ranks; the names are the same everywhere."""
+    largest = torch.tensor(list(values.values()), dtype=torch.int64)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return dict(zip(values, largest.tolist(), strict=True))
+
+
+def device_peak_bytes() -> int | None:
+    """The most memory of its GPU this process has taken; None without a GPU."""
+    return torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None
+
+
 def broadcast_object(value: object, source: int = 0) -> object:
     """The `source` rank's value on every rank (pickled between ranks of one role only)."""
     box = [value]

@@ -7,7 +7,9 @@ Events: `step` (trainer: train/*, near_policy/*, perf/*, by global step), `unit`
 response_tokens, tokens, seconds), `refresh` (rollout: version, bytes, verify_seconds before the engine was stopped,
 stall_seconds for which it was, parity_mean, parity_max), `publish` (trainer: version,
 bytes, seconds from the beginning until it was visible, stall_seconds of them during which training stood still: the
-rest ran beside training), `evaluation` (annotator: version, heldout_kl), `phase` (supervisor and trainer: name).
+rest ran beside training), `evaluation` (annotator: version, heldout_kl), `phase` (supervisor and trainer: name),
+`start` (every process: import_seconds from its creation until its own work began, then `seconds` of loading),
+`memory` (peak_bytes of a process's memory so far, of the largest rank; device_peak_bytes of a GPU's).
 """
 
 from __future__ import annotations
@@ -55,6 +57,12 @@ def metrics_file(run: RunDirectory, role: str) -> Path:
     """This process's metrics file."""
     instance = os.environ.get(INSTANCE)
     return run.metrics(f"{role}.{instance}" if instance else role)
+
+
+def process_seconds() -> float:
+    """How long ago this process was created. Called as a role begins: what it took to start Python and import."""
+    started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started
 
 
 def busy_span(record: dict[str, Any]) -> tuple[float, float] | None:

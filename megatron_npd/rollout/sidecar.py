@@ -24,9 +24,11 @@ from megatron_npd.buffer.work import take_units
 from megatron_npd.config import Config
 from megatron_npd.data.prompts import PromptSet, load_prompt_set
 from megatron_npd.hf_config import eos_token_ids
-from megatron_npd.observe.metrics import Metrics, metrics_file
+from megatron_npd.observe.memory import PeakMemory
+from megatron_npd.observe.metrics import Metrics, metrics_file, process_seconds
 from megatron_npd.rollout.engine import Request, Response, RolloutEngine
 from megatron_npd.rollout.parity import Parity, check_parity
+from megatron_npd.rollout.start import device_peak_bytes
 from megatron_npd.run_directory import RunDirectory
 from megatron_npd.schema import ROLLOUT_COLUMNS, TEACHER_VERSION, FinishReason
 
@@ -46,6 +48,8 @@ class Sidecar:
     plan: Plan
     stop_ids: list[int]
     metrics: Metrics
+    memory: PeakMemory
+    import_seconds: float
     lock: Path | None
 
     def undone(self, stage: Stage) -> bool:
@@ -99,6 +103,8 @@ def _prepare(config: Config, role: str) -> Sidecar:
         plan=make_plan(config, len(prompts["train"]), len(prompts["heldout"])),
         stop_ids=eos_token_ids(config.models.student),
         metrics=Metrics(metrics_file(run, role), role=role),
+        memory=PeakMemory(device_peak_bytes),
+        import_seconds=process_seconds(),
         lock=turn_lock(config, run),
     )
 
@@ -127,7 +133,8 @@ def _start_engine(sidecar: Sidecar, folder: Path, version: int) -> RolloutEngine
     with doing("starting an engine on " + ("the teacher" if version == TEACHER_VERSION else f"version {version}")):
         engine = RolloutEngine(folder, version, config.rollout, models.dtype, longest, models.trust_remote_code)
         parity = None if version == TEACHER_VERSION else check_parity(engine, read_parity_probe(folder), config.rollout)
-    _report(sidecar, "start", engine, parity, time.monotonic() - since)
+    seconds = time.monotonic() - since
+    _report(sidecar, "start", engine, parity, seconds, import_seconds=sidecar.import_seconds)
     return engine
 
 
@@ -155,6 +162,7 @@ def _work_off(sidecar: Sidecar, engine: RolloutEngine, stage: Stage) -> None:
             shard = _generate_unit(sidecar, engine, stage, unit)
             write_shard(sidecar.run.unit("rollouts", stage.name, unit), shard)
         _report_unit(sidecar, stage, shard, unit, time.monotonic() - since)
+        sidecar.metrics.log("memory", **sidecar.memory.record())
 
 
 def _wait_for_room(sidecar: Sidecar, stage: Stage) -> None:

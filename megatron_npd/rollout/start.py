@@ -50,6 +50,13 @@ def start_vllm(
     )
 
 
+def device_peak_bytes() -> int | None:
+    """The most memory of its GPU this process has taken; None without a GPU, and 0 where vLLM's workers have it."""
+    import torch
+
+    return torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None
+
+
 def _prepare_environment(threads: int) -> bool:
     """Set what vLLM reads from the environment, before it is imported; return whether it runs on the CPU.
 

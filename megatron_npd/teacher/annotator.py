@@ -30,9 +30,10 @@ from megatron_npd.data.tokenizer import load_tokenizer
 from megatron_npd.errors import UserError
 from megatron_npd.hf_config import eos_token_ids, read_model_dims
 from megatron_npd.mcore.attention import choose_backend
-from megatron_npd.mcore.parallel import broadcast_object, initialize, shutdown
+from megatron_npd.mcore.parallel import broadcast_object, device_peak_bytes, initialize, shutdown
 from megatron_npd.mcore.together import wait_together
-from megatron_npd.observe.metrics import Metrics, metrics_file
+from megatron_npd.observe.memory import PeakMemory, release_unused, steady_heap
+from megatron_npd.observe.metrics import Metrics, metrics_file, process_seconds
 from megatron_npd.run_directory import HELDOUT_STAGE, RunDirectory, write_json
 from megatron_npd.schema import TEACHER_VERSION, Verdict
 from megatron_npd.teacher.annotation import annotate_shard
@@ -72,7 +73,9 @@ class Annotator:
     """Teacher and student snapshot, side by side."""
 
     def __init__(self, config: Config):
-        started = time.monotonic()
+        started, import_seconds = time.monotonic(), process_seconds()
+        steady_heap()
+        self.memory = PeakMemory(device_peak_bytes)
         self.config = config
         self.run = RunDirectory(Path(config.run_directory))
         torch.set_num_threads(config.annotator.threads)
@@ -91,7 +94,8 @@ class Annotator:
         self.passed_over: set[Task] = set()
         """Tasks another annotator was working on when this one came by; looked at again when nothing else is left."""
         self.metrics = Metrics(metrics_file(self.run, "annotator"), "annotator") if self.parallel.rank == 0 else None
-        self._log("start", seconds=time.monotonic() - started, attention_backend=backend)
+        seconds = time.monotonic() - started
+        self._log("start", import_seconds=import_seconds, seconds=seconds, attention_backend=backend)
 
     def next_task(self) -> Task | None:
         """The next thing to do, the same on every rank; None when the run needs no annotator any more."""
@@ -116,6 +120,7 @@ class Annotator:
         if self.parallel.rank == 0:
             write_shard(self.run.unit("samples", stage.name, unit), samples)
             self._report_unit(stage, unit, samples, tokens, seconds)
+        self._look_at_memory()
 
     def evaluate(self, version: int) -> None:
         """Held-out figures of a published version, into evaluation/."""
@@ -131,6 +136,7 @@ class Annotator:
             write_json(self.run.evaluation(version), {"version": version, **asdict(figures)})
             self._log("evaluation", version=version, seconds=seconds, **asdict(figures))
             logger.info("version %d: held-out KL %.4f nats/token", version, figures.heldout_kl)
+        self._look_at_memory()
 
     @contextlib.contextmanager
     def leased(self, task: Task) -> Iterator[bool]:
@@ -230,6 +236,11 @@ class Annotator:
     def _plan(self) -> Plan:
         sizes = (len(load_prompt_set(self.run.prompts(split))) for split in ("train", "heldout"))
         return make_plan(self.config, *sizes)
+
+    def _look_at_memory(self) -> None:
+        """Say what was needed at most so far, and keep no more than is in use."""
+        release_unused()
+        self._log("memory", **self.memory.record())
 
     def _log(self, event: str, **values: object) -> None:
         if self.metrics:

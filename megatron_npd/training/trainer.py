@@ -23,9 +23,10 @@ from megatron_npd.data.prompts import load_prompt_set
 from megatron_npd.errors import UserError
 from megatron_npd.mcore.checkpoint import Checkpointer, latest_checkpoint, load_checkpoint, read_run_state
 from megatron_npd.mcore.optimizer import micro_batch_multiple, train_step
-from megatron_npd.mcore.parallel import barrier, broadcast_object, shutdown
+from megatron_npd.mcore.parallel import barrier, broadcast_object, device_peak_bytes, greatest, shutdown
 from megatron_npd.mcore.together import leave_if_asked, wait_together
-from megatron_npd.observe.metrics import Metrics
+from megatron_npd.observe.memory import PeakMemory, release_unused, steady_heap
+from megatron_npd.observe.metrics import Metrics, process_seconds
 from megatron_npd.run_directory import WARMUP_STAGE, RunDirectory
 from megatron_npd.schema import TEACHER_VERSION
 from megatron_npd.training.progress import Progress
@@ -58,7 +59,9 @@ class Trainer:
     """The student, its optimizer, and where in the plan the run stands."""
 
     def __init__(self, config: Config):
-        started = time.monotonic()
+        started, import_seconds = time.monotonic(), process_seconds()
+        steady_heap()
+        self.memory = PeakMemory(device_peak_bytes)
         self.config = config
         self.run = RunDirectory(Path(config.run_directory))
         self.student = make_student(config)
@@ -80,6 +83,7 @@ class Trainer:
         self.metrics = self._open_metrics()
         self.log(
             "start",
+            import_seconds=import_seconds,
             seconds=time.monotonic() - started,
             attention_backend=self.student.options.attention_backend,
             parameters=sum(p.numel() for model in self.student.trainable.models for p in model.parameters()),
@@ -126,6 +130,7 @@ class Trainer:
         barrier()
         with doing(f"publishing version {version}"), turn(self._turn_lock()):
             publish(self.publisher, self.run, self.config, version, self.student)
+        release_unused()
 
     def _note_published(self, published: Published) -> None:
         self.log("publish", **asdict(published))
@@ -298,6 +303,8 @@ class Trainer:
             self.checkpointer.wait()
         if self.parallel.rank == 0:
             retire_stages(self.run, self.plan, self.progress.finished, self.config.buffer.keep_rounds)
+        release_unused()
+        self.log("memory", **greatest(self.memory.record()))
 
     def _turn_lock(self) -> Path | None:
         """Rank 0 takes the turn for all ranks: the others cannot compute without it. Nobody waits for it who leaves."""
