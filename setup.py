@@ -20,6 +20,7 @@ CORE = [
     "sentencepiece",
     "jinja2",
     "matplotlib",
+    "simpy",
     "tensorboard",
 ]
 

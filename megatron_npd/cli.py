@@ -58,6 +58,7 @@ def _run(arguments: Arguments) -> int:
 
 
 def _check(arguments: Arguments) -> None:
+    from megatron_npd.launch.estimate import estimate
     from megatron_npd.launch.preflight import preflight
     from megatron_npd.launch.prepare import check_directory
     from megatron_npd.run_directory import RunDirectory
@@ -72,6 +73,7 @@ def _check(arguments: Arguments) -> None:
         )
     print(f"prompts.train = {config.prompts.train}: {inputs.train}")
     print(f"prompts.heldout = {config.prompts.heldout}: {inputs.heldout}")
+    print("\n".join(estimate(config, inputs, Path(arguments.rates) if arguments.rates else None)))
     print("ok: nothing was found that would keep this run from starting")
 
 
@@ -221,12 +223,15 @@ def _parser() -> argparse.ArgumentParser:
     ):
         commands.add_parser(name, help=text, description=text, parents=[configured]).set_defaults(command=command)
 
-    text = "find what would keep a run from working, without loading a model or writing a file"
+    text = "find what would keep a run from working and say what it takes, without loading a model or writing a file"
     check = commands.add_parser("check", help=text, description=text, parents=[configured])
     check.add_argument(
         "--without-weights",
         action="store_true",
         help="of the checkpoints only the .json and tokenizer files are here yet",
+    )
+    check.add_argument(
+        "--rates", metavar="FILE|RUN", help="estimate the time: rates in a TOML file, or those a run has measured"
     )
     check.set_defaults(command=_check)
 
@@ -252,7 +257,7 @@ def _parser() -> argparse.ArgumentParser:
     slurm.add_argument("--output", metavar="FILE", help="write the script there instead of showing it")
     slurm.add_argument("--submit", action="store_true", help="check as `npd check` does, then hand it to sbatch")
     slurm.add_argument("--no-check", action="store_true", help="submit without the check")
-    slurm.set_defaults(command=_slurm, without_weights=False)
+    slurm.set_defaults(command=_slurm, without_weights=False, rates=None)
 
     text = "watch the steps of a Slurm job, as the script of `npd slurm` does"
     supervise = commands.add_parser("supervise", help=text, description=text, parents=[configured])

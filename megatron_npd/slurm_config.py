@@ -47,6 +47,8 @@ class SlurmConfig(Section):
     """Jobs of an array, or of a chain of dependencies. Those that find nothing to do end at once."""
     gpus_per_node: int = Field(8, ge=0)
     """GPUs of a node, all of which the job takes; 0: nodes without GPUs."""
+    gpu_memory_gib: float = Field(80.0, gt=0.0)
+    """Memory of a GPU, GiB. `npd check` points out what is estimated to need more."""
     processes_per_node: int = Field(1, ge=1)
     """Devices of a node without GPUs: processes it has room for."""
     cpus_per_device: int = Field(0, ge=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,18 @@ from test_pipeline import npd, run_trainer
 from megatron_npd.buffer.versions import published_versions, verify_version
 from megatron_npd.cli import main
 from megatron_npd.config import load_config
+from megatron_npd.hf_config import read_model_dims
+from megatron_npd.launch.estimate import role_memories
 from megatron_npd.launch.slurm_layout import slurm_layout
 from megatron_npd.launch.slurm_script import render
 from megatron_npd.run_directory import RunDirectory
+
+MEMORY = {
+    "trainer": ("parameters", "gradients", "Adam's moments", "main weights", "activations", "logits"),
+    "annotator": ("teacher", "student", "one layer's activations", "logits"),
+    "rollout": ("parameters", "key-value cache", "logits"),
+}
+"""Role -> terms of its memory that the check prints."""
 
 
 def test_there_are_five() -> None:
@@ -58,6 +68,14 @@ def test_each_passes_the_check_before_its_weights_are_there(
     assert main(["check", path, "--without-weights"]) == 0, capsys.readouterr().err
     said = capsys.readouterr().out
     assert "ok: " in said
+    assert "memory of one process of each role on a GPU" in said
+    for role, terms in MEMORY.items():
+        assert all(re.search(rf"^  {role} .*\n(    .*\n)*    {term} .*[0-9]", said, re.MULTILINE) for term in terms)
+    assert "disk: at most" in said
+    config = load_config(path)
+    dims = (read_model_dims(folder) for folder in (config.models.teacher, config.models.student))
+    for memory in role_memories(config, *dims, "gpu"):
+        assert memory.bytes < 70 * 2**30, f"{memory.role}: must fit on 80 GB beside CUDA and NCCL"
     assert main(["check", path]) == 2
     assert "no *.safetensors file in it" in capsys.readouterr().err
 

@@ -34,7 +34,7 @@ LEVELS = [
     ),
     ("data", "buffer", "selection", "observe"),
     ("kernels", "mcore", "rollout", "weights"),
-    ("teacher", "training", "conversion"),
+    ("teacher", "training", "conversion", "estimates"),
     ("launch",),
     ("cli",),
 ]

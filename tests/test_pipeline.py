@@ -8,12 +8,20 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Inputs, write_prompts
 
+from megatron_npd.buffer.plan import make_plan
 from megatron_npd.buffer.versions import MANIFEST, published_versions, verify_version
 from megatron_npd.config import Config, load_config
+from megatron_npd.estimates.rates import read_rates
+from megatron_npd.estimates.simulation import simulate
+from megatron_npd.estimates.workload import workload
+from megatron_npd.hf_config import read_model_dims
+from megatron_npd.launch.estimate import role_memories, workers_of
+from megatron_npd.observe.metrics import read_metrics
 from megatron_npd.run_directory import RunDirectory, read_json
 
 pytestmark = pytest.mark.slow
@@ -85,6 +93,30 @@ def test_exported_student_answers_as_the_trainers_model(finished: Inputs) -> Non
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "agree on 3 answers" in done.stdout
+
+
+@pytest.mark.parametrize("role", ["trainer", "annotator", "rollout_teacher", "rollout"])
+def test_each_role_takes_the_memory_that_was_estimated(role: str, finished: Inputs) -> None:
+    config = finished.config
+    dims = (read_model_dims(folder) for folder in (finished.teacher, finished.student))
+    estimated = {memory.role: memory.bytes for memory in role_memories(config, *dims, "cpu")}
+    records = read_metrics(finished.run / "metrics")
+    peaks = [record["peak_bytes"] for record in records if (record["role"], record["event"]) == (role, "memory")]
+    assert max(peaks) == pytest.approx(estimated[role], rel=0.1)
+
+
+def test_the_run_takes_the_time_that_is_simulated_at_its_rates(finished: Inputs) -> None:
+    config, rates = finished.config, read_rates(finished.run)
+    plan = make_plan(config, 24, 3)
+    simulated = simulate(workload(config, plan, rates), rates, workers_of(config)).seconds
+    records = read_metrics(finished.run / "metrics")
+    assert seconds_of_run(records) == pytest.approx(simulated, rel=0.25)
+
+
+def seconds_of_run(records: list[dict[str, Any]]) -> float:
+    """From the start of `npd run` to its last record."""
+    (begin,) = (r for r in records if (r["role"], r["event"]) == ("supervisor", "start"))
+    return max(record["time"] for record in records) - begin["time"] + begin["import_seconds"]
 
 
 def test_running_again_does_nothing(finished: Inputs) -> None:

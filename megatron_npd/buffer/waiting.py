@@ -72,11 +72,16 @@ def turn(lock: Path | None) -> Iterator[None]:
 
 
 def turn_lock(config: Config, run: RunDirectory) -> Path | None:
-    """The lock roles take turns by, or None where they may compute side by side (`launch.turns`)."""
+    """The lock roles take turns by, or None where they may compute side by side."""
+    return run.turn if takes_turns(config) else None
+
+
+def takes_turns(config: Config) -> bool:
+    """Whether only one role of this machine computes at a time (`launch.turns`)."""
     wanted = (
         config.rollout.threads
         + config.annotator.threads * config.annotator.tensor_model_parallel_size
         + config.training.threads * config.training.world_size
     )
     crowded = wanted > (os.cpu_count() or 1)
-    return run.turn if config.launch.turns == "on" or (config.launch.turns == "auto" and crowded) else None
+    return config.launch.turns == "on" or (config.launch.turns == "auto" and crowded)

@@ -24,7 +24,7 @@ from megatron_npd.buffer.work import take_units
 from megatron_npd.config import Config
 from megatron_npd.data.prompts import PromptSet, load_prompt_set
 from megatron_npd.hf_config import eos_token_ids
-from megatron_npd.observe.memory import PeakMemory
+from megatron_npd.observe.memory import PeakMemory, release_unused, steady_heap
 from megatron_npd.observe.metrics import Metrics, metrics_file, process_seconds
 from megatron_npd.rollout.engine import Request, Response, RolloutEngine
 from megatron_npd.rollout.parity import Parity, check_parity
@@ -94,6 +94,7 @@ def _run_student(sidecar: Sidecar) -> None:
 
 
 def _prepare(config: Config, role: str) -> Sidecar:
+    steady_heap()
     run = RunDirectory(Path(config.run_directory))
     prompts = {split: _wait_for_prompts(config, run.prompts(split)) for split in ("train", "heldout")}
     return Sidecar(
@@ -162,6 +163,7 @@ def _work_off(sidecar: Sidecar, engine: RolloutEngine, stage: Stage) -> None:
             shard = _generate_unit(sidecar, engine, stage, unit)
             write_shard(sidecar.run.unit("rollouts", stage.name, unit), shard)
         _report_unit(sidecar, stage, shard, unit, time.monotonic() - since)
+        release_unused()
         sidecar.metrics.log("memory", **sidecar.memory.record())
 
 

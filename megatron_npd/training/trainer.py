@@ -128,6 +128,7 @@ class Trainer:
         self.newest_version = version
         self.publisher.wait()
         barrier()
+        release_unused()  # what steps need is free now; a publication wants memory of its own
         with doing(f"publishing version {version}"), turn(self._turn_lock()):
             publish(self.publisher, self.run, self.config, version, self.student)
         release_unused()
@@ -278,6 +279,7 @@ class Trainer:
     def _checkpoint(self) -> None:
         # A checkpoint counts the versions before it as published: resumed from, it never publishes them again.
         self.publisher.wait()
+        release_unused()
         state = {"digest": self.config.digest, "progress": self.progress.to_state()}
         with doing(f"saving a checkpoint of step {self.progress.step}"), turn(self._turn_lock()):
             started = time.monotonic()

@@ -30,7 +30,7 @@ from megatron_npd.weights.buckets import LARGEST_BUCKET, SMALLEST_BUCKET
 from megatron_npd.weights.completion import AlreadyPublishedError, Target, complete
 from megatron_npd.weights.safetensors_writer import Shard
 from megatron_npd.weights.share import SHARES, Share, write_share
-from megatron_npd.weights.snapshot import Copy, Snapshot
+from megatron_npd.weights.snapshot import Snapshot
 
 T = TypeVar("T")
 POLL_SECONDS = 0.01
@@ -151,9 +151,6 @@ class Publisher:
         return Target(
             version, staging, final, self.template, self.dims, self._dtype, self._files.bytes, self._files.writers
         )
-
-    def _file(self, copy: Copy) -> tuple[Shard, torch.Tensor]:
-        return Shard(self._files.name(copy.number), copy.bucket.tensors), copy.data
 
     def _is_visible(self, job: _Job) -> bool:
         """Whether all ranks are done: a collective. Every rank raises if one has failed."""

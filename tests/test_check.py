@@ -1,0 +1,105 @@
+"""What `npd check` says a run will take, in words."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import Inputs
+from test_simulation import rates
+
+from megatron_npd.cli import main
+from megatron_npd.launch.estimate import device_of, duration, workers_of
+
+Check = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def check(inputs: Inputs, capsys: pytest.CaptureFixture[str]) -> Check:
+    """Run `npd check` with more words; its status and what it says."""
+
+    def run(*words: str) -> tuple[int, str]:
+        status = main(["check", str(inputs.path), *words])
+        said = capsys.readouterr()
+        return status, said.out + said.err
+
+    return run
+
+
+def test_every_term_has_its_formula_and_they_add_up(check: Check, inputs: Inputs) -> None:
+    status, said = check()
+    assert status == 0
+    parts = re.split(r"\n  (?=\w)", said.split("memory of one process of each role on a CPU:")[1].split("\ndisk:")[0])
+    assert [part.split()[0] for part in parts[1:]] == ["trainer", "annotator", "rollout_teacher", "rollout"]
+    for part in parts[1:]:
+        total, *terms = (mebibytes(line) for line in part.splitlines())
+        assert sum(terms) == pytest.approx(total, rel=0.1), part  # numbers are rounded
+        assert all(len(line.split("   ")[-1]) > 3 for line in part.splitlines()[1:]), "every line ends with a formula"
+
+
+def mebibytes(line: str) -> float:
+    number, unit = re.search(r"([\d.]+) (KiB|MiB|GiB)", line).groups()
+    return float(number) * {"KiB": 1 / 1024, "MiB": 1, "GiB": 1024}[unit]
+
+
+def test_without_rates_it_says_how_to_get_the_time(check: Check) -> None:
+    _, said = check()
+    assert "time: not estimated; --rates takes a file of rates, or the directory of a run" in said
+    assert "disk: at most" in said
+
+
+def test_with_rates_it_says_the_time_of_each_role(check: Check, tmp_path: Path) -> None:
+    file = tmp_path / "rates.toml"
+    file.write_text(rates(rollout=1.0, annotator=100.0, trainer=100.0).to_toml())
+    status, said = check("--rates", str(file))
+    assert status == 0
+    assert re.search(rf"time, at the rates of {file}: \d", said)
+    assert re.search(r"rollout .* busy, idle for \d+%; mean of 2 workers", said)
+    assert "division" not in said, "there is nothing to divide on one machine"
+
+
+def test_it_suggests_a_division_that_does_not_starve(check: Check, inputs: Inputs, tmp_path: Path) -> None:
+    """Sampling takes almost all the time, and the configuration gives it one of four devices."""
+    inputs.set("slurm", {"gpus_per_node": 4, "sidecars": 1, "annotators": 1})
+    inputs.set("training", {"data_parallel_size": 2, "global_batch_size": 2, "sequence_length": 128})
+    inputs.set("rollout.samples_per_unit", 1)
+    file = tmp_path / "rates.toml"
+    file.write_text(rates(rollout=1.0, annotator=1000.0, trainer=1000.0).to_toml())
+    status, said = check("--rates", str(file))
+    assert status == 0
+    suggested = "training.data_parallel_size = 1, slurm.annotators = 1, slurm.sidecars = 2"
+    assert re.search(rf"faster, .* on 4 of these 4 devices: {suggested}", said), said
+    inputs.set("slurm.sidecars", 2)
+    inputs.set("training.data_parallel_size", 1)
+    assert "no other division of these 4 devices is faster" in check("--rates", str(file))[1]
+
+
+def test_what_does_not_fit_on_a_gpu_is_pointed_out(check: Check, inputs: Inputs) -> None:
+    inputs.set("slurm", {"gpu_memory_gib": 1e-5})
+    assert check()[1].count("MORE THAN slurm.gpu_memory_gib = 1e-05") == 4
+    inputs.set("slurm.gpu_memory_gib", 80.0)
+    assert "MORE THAN" not in check()[1]
+
+
+def test_rates_that_are_missing_are_refused(check: Check, tmp_path: Path) -> None:
+    status, said = check("--rates", str(tmp_path / "nothing.toml"))
+    assert status == 2
+    assert said.endswith(f"{tmp_path}/nothing.toml: cannot read the rates: No such file or directory\n")
+
+
+def test_a_slurm_table_says_what_the_roles_compute_on(inputs: Inputs) -> None:
+    assert device_of(inputs.config) == ("gpu" if Path("/dev/nvidiactl").exists() else "cpu")
+    inputs.set("slurm", {"gpus_per_node": 8, "sidecars": 3})
+    assert device_of(inputs.config) == "gpu"
+    assert (workers_of(inputs.config).sidecars, workers_of(inputs.config).teacher_sidecars) == (3, 0)
+    inputs.set("slurm.gpus_per_node", 0)
+    assert device_of(inputs.config) == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(9.4, "9 s"), (119.0, "119 s"), (150.0, "2.5 min"), (9e3, "2.5 hours"), (2e6, "23.1 days")]
+)
+def test_durations(seconds: float, words: str) -> None:
+    assert duration(seconds) == words

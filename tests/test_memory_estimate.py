@@ -1,0 +1,190 @@
+"""The memory estimate: parameters against real checkpoints, activations against autograd, disk against real files.
+
+What whole processes take is compared in test_pipeline.py, with the run that is made there.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.numpy import save_file
+from tiny_models import make_model
+
+from megatron_npd.buffer.plan import make_plan
+from megatron_npd.config import Config
+from megatron_npd.estimates.disk import disk_estimate
+from megatron_npd.estimates.memory import (
+    annotator_memory,
+    layer_activation_bytes,
+    rollout_memory,
+    trainer_memory,
+)
+from megatron_npd.estimates.parameters import Widths, layer_parameters, stage_parameters
+from megatron_npd.estimates.rates import SampleRates
+from megatron_npd.hf_config import ModelDims, read_model_dims
+from megatron_npd.schema import COLUMNS
+
+DIMS = ModelDims(
+    family="llama",
+    vocab_size=130,
+    hidden_size=96,
+    intermediate_size=160,
+    num_layers=4,
+    num_heads=6,
+    num_kv_heads=3,
+    head_dim=16,
+    rms_norm_eps=1e-5,
+    rope_theta=1e4,
+    max_positions=4096,
+    tied_embeddings=False,
+)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "openpangu"])
+def test_parameters_are_those_of_the_checkpoint(family: str, tied: bool, tmp_path: Path) -> None:
+    folder = make_model(family, tmp_path / "model", 0, tied=tied)
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        count = sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118 - not a dictionary
+    assert stage_parameters(read_model_dims(folder)) == count
+
+
+def test_ranks_and_stages_add_up() -> None:
+    whole = stage_parameters(DIMS)
+    assert sum(stage_parameters(DIMS, 1, 2, stage) for stage in (0, 1)) == whole
+    norms = 2 * DIMS.hidden_size
+    even = ModelDims(**{**vars(DIMS), "num_heads": 8, "num_kv_heads": 4, "vocab_size": 128})
+    assert 2 * (layer_parameters(even, 2) - norms) == layer_parameters(even) - norms
+    assert Widths.of(DIMS, 2).key_heads == 2, "3 heads are padded to 4"
+    tied = ModelDims(**{**vars(DIMS), "tied_embeddings": True})
+    assert stage_parameters(tied, 1, 2, 0) + stage_parameters(tied, 1, 2, 1) == whole, "the last stage has a copy"
+
+
+def configuration(**training: Any) -> Config:
+    return Config.model_validate(
+        {
+            "run_directory": "run",
+            "models": {"teacher": "t", "student": "s", "dtype": training.pop("dtype", "bfloat16")},
+            "prompts": {"train": "a", "heldout": "b", "max_prompt_tokens": 64},
+            "rollout": {"max_new_tokens": 64, "samples_per_unit": 10},
+            "annotator": {"pack_length": 512, "top_k": 4},
+            "training": {"sequence_length": 512, "global_batch_size": 8} | training,
+        }
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_activations_are_what_autograd_keeps(dtype: str, recompute: str, qk_norm: bool) -> None:
+    """Of one layer more, each storage once, in a real Megatron model; parameters are not counted."""
+    kept = {
+        layers: kept_bytes(ModelDims(**{**vars(DIMS), "num_layers": layers, "qk_norm": qk_norm}), dtype, recompute)
+        for layers in (1, 2)
+    }
+    config = configuration(dtype=dtype, recompute=recompute)
+    dims = ModelDims(**{**vars(DIMS), "qk_norm": qk_norm})
+    estimated = layer_activation_bytes(config.training, dims, 2 if dtype == "bfloat16" else 4, "cpu")
+    assert (kept[2] - kept[1]) / config.training.sequence_length == pytest.approx(estimated, rel=0.005)
+
+
+def kept_bytes(dims: ModelDims, dtype: str, recompute: str) -> int:
+    from megatron_npd.mcore.model import ModelOptions, build_gpt, forward_packed
+    from megatron_npd.mcore.parallel import initialize, shutdown
+
+    parallel = initialize()
+    try:
+        [model] = build_gpt(dims, parallel, getattr(torch, dtype), ModelOptions("reference", False, recompute))
+        own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        storages: dict[int, int] = {}
+        alive = []  # or an address would be used twice
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            alive.append(tensor)
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                storages[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        bounds = torch.tensor([0, 96, 288, 512], dtype=torch.int32)  # multiples of 32: see mcore.attention
+        tokens, rows = torch.zeros(512, dtype=torch.int64), torch.arange(50)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            forward_packed(model, tokens, bounds, rows, parallel)
+        return sum(storages.values())
+    finally:
+        shutdown()
+
+
+def terms(memory: Any) -> dict[str, float]:
+    return {term.name: term.bytes for term in memory.terms}
+
+
+def test_a_distributed_optimizer_divides_its_state_alone() -> None:
+    alone = terms(trainer_memory(configuration(), DIMS, "gpu"))
+    split = terms(trainer_memory(configuration(data_parallel_size=4, distributed_optimizer=True), DIMS, "gpu"))
+    for name in ("Adam's moments", "main weights"):
+        assert split[name] == alone[name] / 4
+    assert split["gradients"] == alone["gradients"] == 4 * stage_parameters(DIMS)
+
+
+def test_float32_needs_no_main_weights() -> None:
+    assert "main weights" not in terms(trainer_memory(configuration(dtype="float32"), DIMS, "gpu"))
+
+
+def test_the_first_stage_holds_a_micro_batch_for_each_stage() -> None:
+    deep = ModelDims(**{**vars(DIMS), "vocab_size": 128})
+    one = trainer_memory(configuration(), deep, "gpu")
+    four = trainer_memory(configuration(pipeline_model_parallel_size=4), deep, "gpu")
+    assert terms(four)["activations"] == terms(one)["activations"], "a quarter of the layers, four micro-batches"
+    assert "logits" not in terms(four)
+    short = trainer_memory(configuration(pipeline_model_parallel_size=4, global_batch_size=2), deep, "gpu")
+    assert terms(short)["activations"] == terms(one)["activations"] / 2, "there are only two micro-batches"
+
+
+def test_the_last_stage_is_the_fullest_where_the_vocabulary_is_large() -> None:
+    wide = ModelDims(**{**vars(DIMS), "vocab_size": 150_000})
+    assert "logits" in terms(trainer_memory(configuration(pipeline_model_parallel_size=4), wide, "gpu"))
+
+
+def test_logits_are_those_of_a_chunk() -> None:
+    chunked = terms(trainer_memory(configuration(logits_chunk_tokens=128), DIMS, "gpu"))
+    assert chunked["logits"] == 2 * 128 * 130
+    config = configuration()  # of a pack of 512 tokens half are of responses
+    evaluating = terms(annotator_memory(config, DIMS, DIMS, "gpu"))
+    assert (evaluating["logits"], evaluating["their KL"]) == (2 * 2 * 256 * 130, 7 * 4 * 64 * 130)
+
+
+def test_a_teachers_sidecar_stages_no_version() -> None:
+    assert "version that is staged" not in terms(rollout_memory(configuration(), DIMS, "cpu", refreshed=False))
+    assert "version that is staged" in terms(rollout_memory(configuration(), DIMS, "cpu"))
+
+
+def test_the_buffer_takes_what_was_estimated(tmp_path: Path) -> None:
+    """Real shards of the lengths that are assumed."""
+    config = configuration()
+    plan = make_plan(config, 100, 20)  # two rounds of 100 samples, and 20 held-out responses
+    samples = SampleRates(prompt_tokens=50.0, response_tokens=60.0, kept_share=0.5, kept_tokens=110.0)
+    estimated = disk_estimate(config, plan, DIMS, samples)
+    assert estimated.samples == pytest.approx(shard_bytes(tmp_path, "samples", 200), rel=0.02)
+    assert estimated.rollouts == pytest.approx(shard_bytes(tmp_path, "rollouts", 220), rel=0.02)
+    most = disk_estimate(config, plan, DIMS)
+    assert most.samples > estimated.samples and most.rollouts > estimated.rollouts
+    assert most.versions == estimated.versions == 3 * 2 * stage_parameters(DIMS)
+
+
+def shard_bytes(folder: Path, kind: str, rows: int) -> int:
+    """Of a file with `rows` samples of 50 + 60 tokens, half of them kept."""
+    sizes = {"N": rows, "N+1": rows + 1, "P": 50 * rows, "R": 60 * rows, "A": 30 * rows, "K": 4}
+    columns = {
+        name: np.zeros([sizes[letter] for letter in dimensions.split(",")], dtype)
+        for name, (dtype, dimensions) in COLUMNS[kind].items()
+    }
+    file = folder / f"{kind}.safetensors"
+    save_file(columns, file)
+    return file.stat().st_size

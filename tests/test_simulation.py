@@ -1,0 +1,246 @@
+"""The time estimate: the simulation against closed forms, the steps against the trainer's own, rates of a real run."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_npd.buffer.plan import make_plan
+from megatron_npd.config import Config
+from megatron_npd.data.cost import CostModel
+from megatron_npd.errors import UserError
+from megatron_npd.estimates.division import Sizes, best_division, divisions
+from megatron_npd.estimates.rates import (
+    AnnotatorRates,
+    LaunchRates,
+    Rates,
+    RolloutRates,
+    SampleRates,
+    TrainerRates,
+    read_rates,
+)
+from megatron_npd.estimates.simulation import ANNOTATOR, ROLLOUT, TRAINER, Timeline, Workers, simulate
+from megatron_npd.estimates.workload import StageWork, Workload, packs_of_steps, workload
+from megatron_npd.schema import TEACHER_VERSION
+from megatron_npd.training.schedule import plan_steps
+
+INSTANT = 1e15
+"""Tokens a second of a role that takes no time."""
+
+
+def rates(rollout: float = INSTANT, annotator: float = INSTANT, trainer: float = INSTANT) -> Rates:
+    """Tokens a second of each role; starts, publications and refreshes take no time."""
+    return Rates(
+        samples=SampleRates(prompt_tokens=40.0, response_tokens=10.0, kept_share=0.5, kept_tokens=50.0),
+        launch=LaunchRates(start_seconds=0.0),
+        trainer=TrainerRates(start_seconds=0.0, tokens_per_second=trainer),
+        annotator=AnnotatorRates(start_seconds=0.0, tokens_per_second=annotator),
+        rollout=RolloutRates(start_seconds=0.0, tokens_per_second=rollout),
+        rollout_teacher=RolloutRates(start_seconds=0.0, tokens_per_second=rollout),
+    )
+
+
+def work(units: int = 6, steps: int = 4, packs: int = 8, rounds: int = 2, evaluation_tokens: float = 0.0) -> Workload:
+    """One held-out unit, then rounds; every response has 10 tokens, a unit 10 responses, a prefill 1 token each."""
+    heldout = StageWork("heldout", TEACHER_VERSION, [1], 0.0, [])
+    stages = [
+        StageWork(f"round_{index:04d}", index, [10] * units, 1.0, [packs] * steps, steps, index + 1)
+        for index in range(rounds)
+    ]
+    return Workload([heldout, *stages], rounds, 10.0, evaluation_tokens, 100, packs)
+
+
+def test_training_alone_takes_the_sum_of_its_steps() -> None:
+    timeline = simulate(work(steps=4, packs=8), rates(trainer=100.0), Workers())
+    assert timeline.seconds == pytest.approx(2 * 4 * 8)  # 2 rounds of 4 steps of 8 packs of 100 tokens
+    assert timeline.idle_share(TRAINER) == pytest.approx(0.0)
+    assert timeline.idle_share(ROLLOUT) == pytest.approx(1.0)
+
+
+def test_replicas_share_the_packs_of_a_step() -> None:
+    timeline = simulate(work(steps=4, packs=8), rates(trainer=100.0), Workers(replicas=3))
+    assert timeline.seconds == pytest.approx(2 * 4 * 3), "of 8 packs, 3 replicas have 3, 3 and 2"
+
+
+def test_what_every_step_and_publication_costs_is_added() -> None:
+    slow = rates(trainer=100.0)
+    trainer = slow.trainer.model_copy(
+        update={"step_seconds": 0.5, "publish_stall_seconds": 2.0, "publish_seconds": 3.0, "checkpoint_seconds": 1.0}
+    )
+    timeline = simulate(work(steps=4, packs=8), slow.model_copy(update={"trainer": trainer}), Workers())
+    # Version 0, then each round: the steps, the publication, the checkpoint, which its writing runs beside.
+    assert timeline.seconds == pytest.approx(3.0 + 2 * (4 * 8.5 + 2.0 + 1.0))
+
+
+def test_sidecars_and_annotators_are_a_pipeline() -> None:
+    """A unit takes 1 s to sample and 2 s to annotate: the slower one sets the pace, the faster adds its first unit."""
+    timeline = simulate(work(units=6, rounds=1), rates(rollout=100.0, annotator=5.0), Workers())
+    assert timeline.seconds == pytest.approx(0.1 + 1 + 6 * 2)  # the held-out response first
+    assert timeline.busy(ROLLOUT) == pytest.approx(0.1 + 6 * 1)
+    assert timeline.busy(ANNOTATOR) == pytest.approx(6 * 2)
+
+
+def test_more_sidecars_divide_the_units() -> None:
+    timeline = simulate(work(units=6, rounds=1), rates(rollout=100.0), Workers(sidecars=4))
+    assert timeline.seconds == pytest.approx(2.0), "one begins with the held-out response; the others have 2 units each"
+    assert timeline.busy(ROLLOUT) == pytest.approx((0.1 + 6) / 4)
+
+
+def test_annotators_evaluate_when_there_is_nothing_to_annotate() -> None:
+    timeline = simulate(work(units=1, rounds=1, evaluation_tokens=7.0), rates(annotator=1.0), Workers())
+    assert timeline.seconds == pytest.approx(10 + 2 * 7)
+    alone = simulate(work(units=1, rounds=1, evaluation_tokens=7.0), rates(annotator=1.0), Workers(annotators=2))
+    assert alone.seconds == pytest.approx(10 + 7), "version 0 is evaluated beside the round"
+
+
+def test_a_round_waits_for_its_version_and_the_trainer_for_its_samples() -> None:
+    timeline = simulate(work(units=1, steps=1, packs=1), rates(rollout=10.0, trainer=10.0), Workers())
+    spans = [(span.role, span.what, round(span.begin, 3), round(span.end, 3)) for span in timeline.spans]
+    assert [span for span in spans if span[3] > span[2]] == [
+        (ROLLOUT, "heldout", 0.0, 1.0),
+        (ROLLOUT, "round_0000", 1.0, 11.0),
+        (TRAINER, "round_0000", 11.0, 21.0),
+        (ROLLOUT, "round_0001", 21.0, 31.0),
+        (TRAINER, "round_0001", 31.0, 41.0),
+    ]
+
+
+def test_publishing_early_lets_the_roles_overlap() -> None:
+    once = work(units=1, steps=10, packs=1)
+    stages = [once.stages[0], *(replace(stage, publish_after=5) for stage in once.stages[1:])]
+    early = simulate(replace(once, stages=stages), rates(rollout=2.0, trainer=10.0), Workers())
+    late = simulate(once, rates(rollout=2.0, trainer=10.0), Workers())
+    assert late.seconds - early.seconds == pytest.approx(50.0), "the second half of round 0 runs beside round 1's units"
+
+
+def test_with_turns_all_work_adds_up() -> None:
+    slow = rates(rollout=100.0, annotator=5.0, trainer=100.0)
+    timeline = simulate(work(evaluation_tokens=3.0), slow, Workers(turns=True, sidecars=2))
+    assert timeline.seconds == pytest.approx(_everything(timeline))
+    spans = sorted((span.begin, span.end) for span in timeline.spans if span.end > span.begin)
+    assert all(end <= begin + 1e-9 for (_, end), (begin, _) in itertools.pairwise(spans))
+
+
+def _everything(timeline: Timeline) -> float:
+    return sum(timeline.busy(role) * timeline.workers[role] for role in timeline.workers)
+
+
+def test_starts_run_side_by_side_and_a_teachers_sidecar_ends_with_it() -> None:
+    base = rates(rollout=100.0)
+    starts = {"launch": 5.0, "trainer": 10.0, "annotator": 20.0, "rollout": 7.0, "rollout_teacher": 3.0}
+    timed = base.model_copy(
+        update={
+            name: getattr(base, name).model_copy(update={"start_seconds": seconds}) for name, seconds in starts.items()
+        }
+    )
+    together = simulate(work(units=1, rounds=1), timed, Workers())
+    assert together.seconds == pytest.approx(5 + 20), "the annotator is the last to start"
+    apart = simulate(work(units=1, rounds=1), timed, Workers(teacher_sidecars=1))
+    begins = {(span.worker, span.what): span.begin for span in apart.spans if span.role == ROLLOUT}
+    assert begins[1, "start"] == 5.0
+    assert begins[0, "start"] == 15.0, "version 0 is there when the trainer has started"
+    assert together.workers[ROLLOUT] == 1 and apart.workers[ROLLOUT] == 2
+
+
+@pytest.mark.parametrize(("by_teacher", "samples"), [(True, 371), (False, 160)])
+def test_steps_are_those_the_trainer_plans(by_teacher: bool, samples: int, config: Config) -> None:
+    generator = np.random.default_rng(0)
+    lengths = generator.integers(20, 120, samples)
+    training = config.training
+    steps = plan_steps(
+        config.seed,
+        "round_0000",
+        np.stack([np.arange(samples), np.zeros(samples, np.int64)], axis=1),
+        lengths,
+        epochs=config.warmup.epochs if by_teacher else config.rounds.epochs_per_round,
+        capacity=training.sequence_length,
+        global_batch_size=training.global_batch_size,
+        cost=CostModel(1.0, 0.0),
+    )
+    estimated = packs_of_steps(config, float(lengths.sum()), by_teacher)
+    assert len(estimated) == len(steps)
+    assert sum(estimated) == pytest.approx(sum(len(step.packs) for step in steps), rel=0.03)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return Config.model_validate(
+        {
+            "run_directory": str(tmp_path),
+            "models": {"teacher": "t", "student": "s"},
+            "prompts": {"train": "a", "heldout": "b", "max_prompt_tokens": 64},
+            "rollout": {"max_new_tokens": 64, "samples_per_unit": 48},
+            "annotator": {"pack_length": 512},
+            "warmup": {"samples_per_prompt": 1, "epochs": 3},
+            "rounds": {"count": 2, "epochs_per_round": 2, "publish_at": 0.5},
+            "training": {"sequence_length": 1024, "global_batch_size": 4, "data_parallel_size": 2},
+        }
+    )
+
+
+def test_the_work_is_that_of_the_plan(config: Config) -> None:
+    planned = workload(config, make_plan(config, 100, 20), rates())
+    heldout, warmup, first, last = planned.stages
+    assert (heldout.units, heldout.packs_of_steps) == ([20], [])
+    assert (warmup.units, warmup.publishes, warmup.publish_after) == ([48, 48, 4], 1, len(warmup.packs_of_steps))
+    assert warmup.prefilled_tokens == 50.0
+    assert first.prefilled_tokens == 2 * (50 + 10), "both models, with the prompt and without"
+    assert (first.version, first.publishes, first.publish_after) == (1, 2, math.ceil(len(first.packs_of_steps) / 2))
+    assert (last.publishes, last.publish_after) == (3, len(last.packs_of_steps))
+    assert planned.evaluation_tokens == 2 * 20 * 50
+
+
+def test_a_starving_trainer_is_given_sidecars(config: Config) -> None:
+    """Sampling is the bottleneck: the best division puts most GPUs there, and is no slower than any other."""
+    planned = work(units=64, steps=4, packs=8)
+    slow = rates(rollout=10.0, annotator=1000.0, trainer=1000.0)
+    best = best_division(planned, slow, Sizes(1, 1, 1), 16)
+    assert best is not None
+    assert best.workers.sidecars >= 11
+    tried = [simulate(planned, slow, workers).seconds for workers in divisions(planned, Sizes(1, 1, 1), 16)]
+    assert best.timeline.seconds <= 1.01 * min(tried)
+
+
+def test_divisions_fit_and_divide_the_batch() -> None:
+    sizes = Sizes(replica=4, annotator=2, sidecar=1)
+    found = list(divisions(work(units=40, packs=6), sizes, 32))
+    assert {workers.replicas for workers in found} == {1, 2, 3, 6}
+    assert all(sizes.gpus(workers) <= 32 for workers in found)
+    assert best_division(work(), rates(), sizes, 6) is None, "a trainer, an annotator and a sidecar need 7"
+
+
+def test_rates_are_read_back(tmp_path: Path) -> None:
+    file = tmp_path / "rates.toml"
+    file.write_text(rates(1.0, 2.0, 3.0).to_toml())
+    assert read_rates(file) == rates(1.0, 2.0, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("tokens_per_second = 3.0", "tokens_per_second = 0.0", "trainer.tokens_per_second = 0.0: input should be gr"),
+        ("tokens_per_second = 3.0", "token_rate = 3.0", "trainer.tokens_per_second: field required"),
+        ("kept_share = 0.5", "kept_share = 1.5", "samples.kept_share = 1.5: input should be less than or equal to 1"),
+        ("[launch]", "[launch", "not valid TOML"),
+    ],
+)
+def test_bad_rates_are_one_line(old: str, new: str, words: str, tmp_path: Path) -> None:
+    file = tmp_path / "rates.toml"
+    text = rates(1.0, 2.0, 3.0).to_toml()
+    assert old in text
+    file.write_text(text.replace(old, new))
+    with pytest.raises(UserError, match=words.replace("[", r"\[")) as error:
+        read_rates(file)
+    assert str(file) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_no_rates_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot read the rates"):
+        read_rates(tmp_path / "nothing.toml")
+    with pytest.raises(UserError, match=r"no config.toml in it"):
+        read_rates(tmp_path)
