@@ -18,7 +18,7 @@ if (($#)); then
 fi
 tools/lint.sh
 status=0
-"${pytest[@]}" -m "not slow" --durations=5 || status=$?
+"${pytest[@]}" -m "not slow" -n 2 --durations=5 || status=$?
 # The slow tests run even where fast ones failed: one run then shows everything that is wrong.
 # Two files at a time: half of such a test is waiting for processes to start and to meet.
 "${pytest[@]}" -m slow -n 2 --dist loadfile --durations=25 || { slow=$?; ((slow == 5)) || status=$slow; } # 5: no slow test

@@ -15,6 +15,8 @@ from megatron_npd.buffer.leases import claim
 from megatron_npd.buffer.shards import Shard, read_shard, write_shard
 from megatron_npd.run_directory import read_json, write_json
 
+pytestmark = pytest.mark.slow
+
 
 def crash_everywhere(folder: Path, action: Callable[[Path], object]) -> list[Path]:
     """Folders in which `action` was killed at its first, second, ... system-call stop, until it ends by itself."""

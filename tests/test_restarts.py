@@ -23,6 +23,8 @@ from megatron_npd.launch.restarts import Failure, delay_before_restart, related
 from megatron_npd.launch.roles import Role
 from megatron_npd.run_directory import RunDirectory, write_json
 
+pytestmark = pytest.mark.slow
+
 LAUNCH = LaunchConfig()
 
 

@@ -67,6 +67,7 @@ def test_all_is_kept_where_nothing_else_is_asked(tmp_path: Path, plan: Plan) -> 
     assert all(is_trained(run, name) for name in ROUNDS)
 
 
+@pytest.mark.slow
 def test_a_collection_killed_anywhere_is_finished_by_the_next(tmp_path: Path, plan: Plan) -> None:
     whole = collected_figures(fill(RunDirectory(tmp_path / "whole"), plan, *ROUNDS), plan)
     for stop in count(step=23):  # some 500 calls: a sample of them, all in another place

@@ -20,6 +20,8 @@ from megatron_npd.launch.roles import Role
 from megatron_npd.launch.watching import HangWatch
 from megatron_npd.run_directory import RunDirectory, write_json
 
+pytestmark = pytest.mark.slow
+
 
 def part(folder: Path, name: str, code: str, is_done: Callable[[], bool], lost: bool = False) -> Role:
     """One of several roles of a kind."""

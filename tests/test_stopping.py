@@ -22,6 +22,8 @@ from megatron_npd.launch.progress import last_record
 from megatron_npd.launch.resume_point import resume_point
 from megatron_npd.run_directory import RunDirectory
 
+pytestmark = pytest.mark.slow
+
 SUPERVISOR = """
 import sys, tempfile
 from pathlib import Path
@@ -102,7 +104,6 @@ def test_a_request_is_noted_or_unwinds(name: str) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (143, "noted\nunwound\n", "")
 
 
-@pytest.mark.slow
 def test_no_process_and_no_step_is_lost(run: RunDirectory) -> None:
     """Killed while a checkpoint is written; then no file may be large; then there is room again; then it is stopped."""
     supervisor = start(run)

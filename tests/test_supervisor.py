@@ -30,6 +30,8 @@ from megatron_npd.launch.shift import MAX_RETURNS
 from megatron_npd.observe.metrics import Metrics, read_metrics
 from megatron_npd.run_directory import RunDirectory, write_atomically, write_json
 
+pytestmark = pytest.mark.slow
+
 
 def test_done_when_every_role_is(tmp_path: Path) -> None:
     marker = tmp_path / "marker"
