@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -103,3 +105,35 @@ def test_a_slurm_table_says_what_the_roles_compute_on(inputs: Inputs) -> None:
 )
 def test_durations(seconds: float, words: str) -> None:
     assert duration(seconds) == words
+
+
+def test_a_cluster_is_planned_in_a_table_and_a_plot(inputs: Inputs, tmp_path: Path) -> None:
+    """Sampling is the bottleneck, and there are 12 samples to a round: more than a dozen sidecars do not help."""
+    inputs.set("rounds", {"samples_per_prompt": 2})
+    inputs.set("rollout.samples_per_unit", 1)
+    given, written = tmp_path / "rates.toml", tmp_path / "written.toml"
+    given.write_text(rates(rollout=1.0, annotator=1e6, trainer=1e6).to_toml())
+    words = ["--rates", given, "--gpus", "4,8,64", "--plot", tmp_path / "plan.png", "--write-rates", written]
+    said = plan_cluster(inputs.path, *words)
+    lines = [line.split() for line in said.stdout.splitlines()[1:4]]
+    assert [int(line[0]) for line in lines] == [4, 8, 64]
+    assert [int(line[4]) for line in lines] == [2, 6, 12], "sidecars"
+    assert "More than 14 GPUs have nothing to do" in said.stdout
+    assert (tmp_path / "plan.png").stat().st_size > 10_000
+    assert written.read_text() == given.read_text()
+
+
+@pytest.mark.parametrize(
+    ("gpus", "words"), [("2", "--gpus 2: must be at least 3"), ("many", "--gpus many: must be numbers of GPUs")]
+)
+def test_a_plan_that_cannot_be_made(gpus: str, words: str, inputs: Inputs, tmp_path: Path) -> None:
+    file = tmp_path / "rates.toml"
+    file.write_text(rates().to_toml())
+    said = plan_cluster(inputs.path, "--rates", file, "--gpus", gpus)
+    assert (said.returncode, said.stderr.count("\n")) == (2, 1)
+    assert words in said.stderr
+
+
+def plan_cluster(*words: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(Path(__file__).parents[1] / "tools" / "plan_cluster.py"), *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)

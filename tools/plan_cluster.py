@@ -55,6 +55,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"plan_cluster: error: {error}", file=sys.stderr)
         return 2
     print(table(plans))
+    if plans[-1].used < plans[-1].gpus:
+        print(
+            f"More than {plans[-1].used} GPUs have nothing to do: work is divided by rollout.samples_per_unit = "
+            f"{config.rollout.samples_per_unit} and training.global_batch_size = {config.training.global_batch_size}."
+        )
     if options.plot:
         draw(plans, Path(options.plot), f"{Path(options.config).parent.name}: rates of {options.rates}")
     return 0
