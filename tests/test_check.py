@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from megatron_npd.cli import main
 from megatron_npd.launch.estimate import device_of, duration, workers_of
 
 Check = Callable[..., tuple[int, str]]
+PLAN_CLUSTER = Path(__file__).parents[1] / "tools" / "plan_cluster.py"
 
 
 @pytest.fixture
@@ -107,18 +107,19 @@ def test_durations(seconds: float, words: str) -> None:
     assert duration(seconds) == words
 
 
-def test_a_cluster_is_planned_in_a_table_and_a_plot(inputs: Inputs, tmp_path: Path) -> None:
+def test_a_cluster_is_planned_in_a_table_and_a_plot(plan_cluster: Check, inputs: Inputs, tmp_path: Path) -> None:
     """Sampling is the bottleneck, and there are 12 samples to a round: more than a dozen sidecars do not help."""
     inputs.set("rounds", {"samples_per_prompt": 2})
     inputs.set("rollout.samples_per_unit", 1)
     given, written = tmp_path / "rates.toml", tmp_path / "written.toml"
     given.write_text(rates(rollout=1.0, annotator=1e6, trainer=1e6).to_toml())
     words = ["--rates", given, "--gpus", "4,8,64", "--plot", tmp_path / "plan.png", "--write-rates", written]
-    said = plan_cluster(inputs.path, *words)
-    lines = [line.split() for line in said.stdout.splitlines()[1:4]]
+    status, said = plan_cluster(*words)
+    assert status == 0
+    lines = [line.split() for line in said.splitlines()[1:4]]
     assert [int(line[0]) for line in lines] == [4, 8, 64]
     assert [int(line[4]) for line in lines] == [2, 6, 12], "sidecars"
-    assert "More than 14 GPUs have nothing to do" in said.stdout
+    assert "More than 14 GPUs have nothing to do" in said
     assert (tmp_path / "plan.png").stat().st_size > 10_000
     assert written.read_text() == given.read_text()
 
@@ -126,14 +127,22 @@ def test_a_cluster_is_planned_in_a_table_and_a_plot(inputs: Inputs, tmp_path: Pa
 @pytest.mark.parametrize(
     ("gpus", "words"), [("2", "--gpus 2: must be at least 3"), ("many", "--gpus many: must be numbers of GPUs")]
 )
-def test_a_plan_that_cannot_be_made(gpus: str, words: str, inputs: Inputs, tmp_path: Path) -> None:
+def test_a_plan_that_cannot_be_made(gpus: str, words: str, plan_cluster: Check, tmp_path: Path) -> None:
     file = tmp_path / "rates.toml"
     file.write_text(rates().to_toml())
-    said = plan_cluster(inputs.path, "--rates", file, "--gpus", gpus)
-    assert (said.returncode, said.stderr.count("\n")) == (2, 1)
-    assert words in said.stderr
+    status, said = plan_cluster("--rates", file, "--gpus", gpus)
+    assert (status, said.count("\n")) == (2, 1)
+    assert words in said
 
 
-def plan_cluster(*words: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(Path(__file__).parents[1] / "tools" / "plan_cluster.py"), *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+@pytest.fixture
+def plan_cluster(inputs: Inputs, capsys: pytest.CaptureFixture[str]) -> Check:
+    """Run tools/plan_cluster.py in this process; its status and what it says."""
+    main = runpy.run_path(str(PLAN_CLUSTER))["main"]
+
+    def run(*words: object) -> tuple[int, str]:
+        status = main([str(inputs.path), *map(str, words)])
+        said = capsys.readouterr()
+        return status, said.out + said.err
+
+    return run

@@ -117,7 +117,7 @@ def test_a_crash_loop_ends_the_run_with_every_reason(tmp_path: Path) -> None:
     assert "and got no further" in summary
     assert summary.count("bad exited with status 3") == 2 and "bad was ended by SIGSEGV" in summary
     assert output.count("no luck") == 2
-    assert "the same `npd run` continues from here" in summary
+    assert "the run continues from here" in summary
 
 
 def test_a_role_that_gets_further_is_never_given_up(tmp_path: Path) -> None:
@@ -253,4 +253,5 @@ def test_a_signal_ends_a_run_that_waits_for_a_restart(tmp_path: Path) -> None:
     assert status == 138
     assert time.monotonic() - started < 10
     assert output.count("starting bad") == 2 and "starting bad again in 30 s" in output
-    wait_until(lambda: "stopped; the same `npd run` continues from here" in (tmp_path / "supervisor.log").read_text())
+    log = tmp_path / "supervisor.log"
+    wait_until(lambda: "stopped; started again, the run continues from here" in log.read_text())

@@ -57,7 +57,7 @@ def test_a_failure_stops_the_others_and_says_why(tmp_path: Path) -> None:
     assert "line 5" in output
     assert "line 4\n" not in output
     assert "earlier" not in output
-    assert "npd run" in output
+    assert "the run continues from here" in output
     log = tmp_path / "good.log"
     assert not any(alive(int(pid)) for pid in log.read_text().split())
     assert "line 19" in (tmp_path / "supervisor.log").read_text()
@@ -169,7 +169,7 @@ def test_a_signal_stops_everything(tmp_path: Path, number: signal.Signals, statu
     reason = "the time limit is near: " if number is signal.SIGUSR1 else ""
     assert f"{number.name}: {reason}stopping the roles" in output
     assert read_journal(RunDirectory(tmp_path))[-1]["signal"] == number.name
-    assert "the same `npd run` continues from here" in output
+    assert "the run continues from here" in output
     assert not any(map(alive, pids))
 
 

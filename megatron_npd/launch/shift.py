@@ -170,7 +170,8 @@ class Shift:
             self._console.say(f"{crew.role.name} failed {len(failures)} times in {span:.0f} s and got no further:")
             for failure in failures:
                 self._console.say(f"    {failure.how}")
-        self._console.say("stopping the other roles; once the fault is mended the same `npd run` continues from here")
+        again = "when the fault is mended and it is started again, the run continues from here"
+        self._console.say(f"stopping the other roles; {again}")
 
     def _kill_what_hangs(self) -> None:
         hanging, steps = self._hangs.hanging(), self._hangs.hanging_steps()

@@ -108,7 +108,7 @@ def watch(
             for child in stop(shift.running, launch.grace_seconds, lambda: len(requests) > len(set(requests))):
                 console.say(f"{child.command.name} did not stop and was killed")
             if requests:
-                console.say("stopped; the same `npd run` continues from here")
+                console.say("stopped; started again, the run continues from here")
 
 
 def _clean_up(run: RunDirectory, console: Console) -> None:
