@@ -21,7 +21,7 @@ from megatron_npd.hf_config import ModelDims
 
 Device = Literal["cpu", "gpu"]
 MIB = 2**20
-PROCESS_BYTES = {"trainer": 292 * MIB, "annotator": 318 * MIB, "rollout": 420 * MIB}
+PROCESS_BYTES = {"trainer": 248 * MIB, "annotator": 276 * MIB, "rollout": 420 * MIB}
 """On a CPU, of a process with a model of no size: Python, torch 2.13, Megatron-Core 0.16.1, vLLM 0.24; measured. On a
 GPU that is host memory, and what CUDA and NCCL take comes on top of the estimate."""
 KERNELS_BYTES = 60 * MIB
