@@ -251,7 +251,7 @@ def test_a_signal_ends_a_run_that_waits_for_a_restart(tmp_path: Path) -> None:
     started = time.monotonic()
     status, output = run(tmp_path, roles, max_restarts=3, restart_delay_seconds=30.0)
     assert status == 138
-    assert time.monotonic() - started < 25
+    assert time.monotonic() - started < 10
     assert output.count("starting bad") == 2 and "starting bad again in 30 s" in output
     log = tmp_path / "supervisor.log"
     wait_until(lambda: "stopped; started again, the run continues from here" in log.read_text())

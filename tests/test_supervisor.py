@@ -51,8 +51,10 @@ def test_a_failure_stops_the_others_and_says_why(tmp_path: Path) -> None:
     started = time.monotonic()
     status, output = run(tmp_path, [good, bad])
     assert status == 1
-    assert time.monotonic() - started < 30
-    assert re.search(r"bad exited with status 3, \d+ s after its start", output)
+    took = time.monotonic() - started
+    assert took < 8
+    said = re.search(r"bad exited with status 3, (\d+) s after its start", output)
+    assert said and int(said[1]) <= round(took)  # 0 s, unless the machine is slower than that
     assert f"the end of {tmp_path / 'bad.log'}:" in output
     assert "line 19" in output
     assert "line 5" in output
@@ -186,7 +188,7 @@ def test_the_second_signal_kills_at_once(tmp_path: Path) -> None:
     asked = time.monotonic()
     supervisor.send_signal(signal.SIGINT)
     output = supervisor.communicate(timeout=20)[1]
-    assert time.monotonic() - asked < 30  # grace_seconds is 60
+    assert time.monotonic() - asked < 5  # grace_seconds is 60
     assert supervisor.returncode == 130
     assert "one did not stop and was killed" in output
     assert not any(map(alive, pids))
