@@ -26,6 +26,7 @@ from megatron_npd.estimates.rates import (
 )
 from megatron_npd.estimates.simulation import ANNOTATOR, ROLLOUT, TRAINER, Timeline, Workers, simulate
 from megatron_npd.estimates.workload import StageWork, Workload, packs_of_steps, workload
+from megatron_npd.observe.metrics import Metrics
 from megatron_npd.schema import TEACHER_VERSION
 from megatron_npd.training.schedule import plan_steps
 
@@ -237,6 +238,75 @@ def test_bad_rates_are_one_line(old: str, new: str, words: str, tmp_path: Path) 
     with pytest.raises(UserError, match=words.replace("[", r"\[")) as error:
         read_rates(file)
     assert str(file) in str(error.value) and "\n" not in str(error.value)
+
+
+def measured(run: Path, *without: tuple[str, str], kept: int = 5) -> None:
+    """A run directory with one record of each kind that rates come from, but for some (role, event)."""
+    config = Config.model_validate(
+        {
+            "run_directory": str(run),
+            "models": {"teacher": "t", "student": "s"},
+            "prompts": {"train": "a", "heldout": "b", "max_prompt_tokens": 64},
+            "rollout": {"max_new_tokens": 64},
+        }
+    )
+    sampled = {"stage": "round_0000", "samples": 10, "prompt_tokens": 400, "response_tokens": 100, "seconds": 2.0}
+    step = {"stage": "round_0000", "step": 1, "seconds": 4.0, "perf/tokens": 1000, "buffer/packing_efficiency": 0.25}
+    started = {"import_seconds": 3.0, "seconds": 4.0}
+    records = {
+        ("supervisor", "start"): started,
+        ("trainer", "start"): started,
+        ("trainer", "step"): step,
+        ("trainer", "publish"): {"seconds": 2.0, "stall_seconds": 0.5},
+        ("trainer", "checkpoint"): {"seconds": 1.5},
+        ("annotator", "start"): started,
+        ("annotator", "refresh"): {"seconds": 0.5},
+        ("annotator", "unit"): {"stage": "round_0000", "samples": 10, "kept": kept, "tokens": 900, "seconds": 3.0},
+        ("rollout", "start"): started,
+        ("rollout", "unit"): sampled,
+        ("rollout_teacher", "start"): started,
+        ("rollout_teacher", "unit"): sampled | {"stage": "heldout"},
+    }
+    run.mkdir()
+    (run / "config.toml").write_text(config.to_toml())
+    for (role, event), values in records.items():
+        if (role, event) not in without:
+            Metrics(run / "metrics" / f"{role}.jsonl", role).log(event, **values)
+
+
+def test_rates_of_a_run_are_its_means(tmp_path: Path) -> None:
+    measured(tmp_path / "run")
+    found = read_rates(tmp_path / "run")
+    assert (found.samples.prompt_tokens, found.samples.response_tokens, found.samples.kept_share) == (40.0, 10.0, 0.5)
+    assert found.samples.kept_tokens == 1000 * 0.25 / 5 / 5, "one of five epochs, over the kept samples"
+    assert (found.trainer.tokens_per_second, found.trainer.start_seconds) == (250.0, 7.0)
+    assert (found.annotator.tokens_per_second, found.annotator.load_seconds) == (300.0, 0.5)
+    assert (found.rollout.tokens_per_second, found.rollout_teacher.tokens_per_second) == (50.0, 50.0)
+    assert (found.launch.start_seconds, found.trainer.publish_stall_seconds) == (3.0, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("role", "event"),
+    [("trainer", "step"), ("trainer", "publish"), ("annotator", "unit"), ("rollout", "unit"), ("rollout", "start")],
+)
+def test_a_run_that_did_not_get_far_enough_is_refused(role: str, event: str, tmp_path: Path) -> None:
+    measured(tmp_path / "run", (role, event))
+    with pytest.raises(UserError, match=rf"/run: no {event} of the {role} was measured; must be a run that trained"):
+        read_rates(tmp_path / "run")
+
+
+def test_a_run_whose_rounds_are_not_annotated_is_refused(tmp_path: Path) -> None:
+    measured(tmp_path / "run", ("annotator", "unit"))
+    warmup = {"stage": "warmup", "samples": 10, "kept": 9, "tokens": 500, "seconds": 1.0}
+    Metrics(tmp_path / "run" / "metrics" / "annotator.jsonl", "annotator").log("unit", **warmup)
+    with pytest.raises(UserError, match="/run: no unit of a round of the annotator was measured"):
+        read_rates(tmp_path / "run")
+
+
+def test_a_run_that_kept_nothing_is_refused(tmp_path: Path) -> None:
+    measured(tmp_path / "run", kept=0)
+    with pytest.raises(UserError, match=r"/run: kept_share = 0\.0: input should be greater than 0"):
+        read_rates(tmp_path / "run")
 
 
 def test_no_rates_there(tmp_path: Path) -> None:

@@ -4,9 +4,6 @@ Counted is what one process holds at its fullest moment: on a GPU the device mem
 kernel cannot take back (`observe.memory`). The terms of activations follow what the layers keep for their backward
 pass, tensor by tensor (`tests/test_memory_estimate.py` counts them in a real model). After Korthikanti et al.,
 arXiv 2205.05198, for SwiGLU, grouped queries and packed sequences, without dropout and without materialised scores.
-
-Legend: B bytes of the compute dtype, T tokens of a rank, H hidden size, Q and K columns of a rank's queries and keys,
-F of its MLP, V of its logits.
 """
 
 from __future__ import annotations

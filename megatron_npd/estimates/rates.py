@@ -104,9 +104,9 @@ def read_rates(path: Path) -> Rates:
     Raises:
         UserError: neither is there, a key is missing, unknown or breaks its rule, or the run lacks a measurement.
     """
-    if path.is_dir():
-        return rates_of_run(RunDirectory(path))
     try:
+        if path.is_dir():
+            return rates_of_run(RunDirectory(path))
         return Rates.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise UserError(f"{path}: cannot read the rates: {error.strerror}") from None
@@ -136,6 +136,8 @@ def rates_of_run(run: RunDirectory) -> Rates:
     rollouts = measured.all("rollout", "unit")
     everything = rollouts + measured.all("rollout_teacher", "unit")
     by_students = [unit for unit in units if unit["stage"] != WARMUP_STAGE]
+    if not by_students:
+        raise measured.lacks("annotator", "unit of a round")
     by_teacher = [unit for unit in units if unit["stage"] == WARMUP_STAGE]
     kept = sum(unit["kept"] for unit in units) or 1
     return Rates(
@@ -194,10 +196,11 @@ class _Measured:
 
     def all(self, role: str, event: str) -> list[Record]:
         if not self._records[role, event]:
-            raise UserError(
-                f"{self._root}: no `{event}` of the {role} was measured; must be a run that trained on a round"
-            )
+            raise self.lacks(role, event)
         return self._records[role, event]
+
+    def lacks(self, role: str, what: str) -> UserError:
+        return UserError(f"{self._root}: no {what} of the {role} was measured; must be a run that trained on a round")
 
     def start_seconds(self, role: str) -> float:
         starts = self.all(role, "start")
