@@ -62,6 +62,11 @@ class ModelDims:
         return -(-self.num_kv_heads // tensor_model_parallel_size) * tensor_model_parallel_size
 
 
+def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int) -> int:
+    """Rows of the embedding over all ranks: the next multiple of the tensor-parallel size."""
+    return -(-vocab_size // tensor_model_parallel_size) * tensor_model_parallel_size
+
+
 def read_model_dims(folder: str | Path) -> ModelDims:
     """Dimensions of the checkpoint in `folder`. Sizes must be in config.json; other keys have transformers' defaults.
 

@@ -127,14 +127,23 @@ def test_running_again_does_nothing(finished: Inputs) -> None:
 
 def test_the_same_buffer_trains_bit_identical_weights(finished: Inputs, tmp_path: Path) -> None:
     """Only prompts, rollouts, samples and configuration are copied; the trainer alone does everything again."""
-    original, copy = RunDirectory(finished.run), RunDirectory(tmp_path / "run")
+    original = RunDirectory(finished.run)
+    assert_same_versions(original, train_again(original, tmp_path / "run"))
+
+
+def train_again(original: RunDirectory, folder: Path) -> RunDirectory:
+    """Another run, of the same buffer, by the trainer alone."""
+    copy = RunDirectory(folder)
     for name in ("prompts", "rollouts", "samples"):
         shutil.copytree(original.root / name, copy.root / name)
     for name in ("config.toml", "provenance.json"):
         shutil.copy(original.root / name, copy.root / name)
-    text = copy.config.read_text().replace(str(original.root), str(copy.root))
-    copy.config.write_text(text)
+    copy.config.write_text(copy.config.read_text().replace(str(original.root), str(copy.root)))
     run_trainer(load_config(copy.config), copy)
+    return copy
+
+
+def assert_same_versions(original: RunDirectory, copy: RunDirectory) -> None:
     for version in published_versions(original):
         ours, theirs = (read_json(run.version(version) / MANIFEST) for run in (copy, original))
         assert ours["files"] == theirs["files"], f"version {version} differs"

@@ -148,22 +148,22 @@ def test_starts_run_side_by_side_and_a_teachers_sidecar_ends_with_it() -> None:
     assert together.workers[ROLLOUT] == 1 and apart.workers[ROLLOUT] == 2
 
 
-@pytest.mark.parametrize(("by_teacher", "samples"), [(True, 371), (False, 160)])
-def test_steps_are_those_the_trainer_plans(by_teacher: bool, samples: int, config: Config) -> None:
+@pytest.mark.parametrize(("stage", "samples"), [("warmup", 371), ("round_0000", 160)])
+def test_steps_are_those_the_trainer_plans(stage: str, samples: int, config: Config) -> None:
     generator = np.random.default_rng(0)
     lengths = generator.integers(20, 120, samples)
     training = config.training
     steps = plan_steps(
         config.seed,
-        "round_0000",
+        stage,
         np.stack([np.arange(samples), np.zeros(samples, np.int64)], axis=1),
         lengths,
-        epochs=config.warmup.epochs if by_teacher else config.rounds.epochs_per_round,
+        epochs=config.warmup.epochs if stage == "warmup" else config.rounds.epochs_per_round,
         capacity=training.sequence_length,
         global_batch_size=training.global_batch_size,
         cost=CostModel(1.0, 0.0),
     )
-    estimated = packs_of_steps(config, float(lengths.sum()), by_teacher)
+    estimated = packs_of_steps(config, stage, float(lengths.sum()))
     assert len(estimated) == len(steps)
     assert sum(estimated) == pytest.approx(sum(len(step.packs) for step in steps), rel=0.03)
 

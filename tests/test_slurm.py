@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -16,12 +15,11 @@ import slurm_cluster
 from conftest import Inputs
 from slurm_cluster import Cluster
 from test_examples import check_finished
-from test_pipeline import npd, run_trainer
+from test_pipeline import assert_same_versions, npd, train_again
 
-from megatron_npd.buffer.versions import MANIFEST, published_versions
-from megatron_npd.config import load_config
+from megatron_npd.buffer.versions import published_versions
 from megatron_npd.observe.metrics import read_metrics
-from megatron_npd.run_directory import RunDirectory, read_json
+from megatron_npd.run_directory import RunDirectory
 
 pytestmark = pytest.mark.slow
 JOB_SECONDS = 480.0
@@ -147,18 +145,9 @@ def test_nothing_is_left_over(finished: Job) -> None:
 
 
 def test_the_weights_are_those_of_an_undisturbed_run_of_the_same_buffer(finished: Job, tmp_path: Path) -> None:
-    original, copy = finished.run, RunDirectory(tmp_path / "run")
-    for name in ("prompts", "rollouts", "samples"):
-        shutil.copytree(original.root / name, copy.root / name)
-    for name in ("config.toml", "provenance.json"):
-        shutil.copy(original.root / name, copy.root / name)
-    text = copy.config.read_text().replace(str(original.root), str(copy.root))
-    copy.config.write_text(text)
-    run_trainer(load_config(copy.config), copy)
-    assert published_versions(original) == published_versions(copy) == [0, 1, 2]
-    for version in published_versions(original):
-        ours, theirs = (read_json(run.version(version) / MANIFEST) for run in (copy, original))
-        assert ours["files"] == theirs["files"], f"version {version} differs"
+    copy = train_again(finished.run, tmp_path / "run")
+    assert published_versions(finished.run) == published_versions(copy) == [0, 1, 2]
+    assert_same_versions(finished.run, copy)
 
 
 MEET = """

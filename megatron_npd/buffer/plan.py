@@ -9,6 +9,7 @@ the work, or on the data-parallel size.
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,6 +45,11 @@ class Stage:
         """Rows of the stage that a unit owns."""
         start = unit * self.samples_per_unit
         return slice(start, min(start + self.samples_per_unit, len(self.prompt_index)))
+
+    @property
+    def publishes(self) -> int:
+        """Policy version the training on it makes."""
+        return 1 if self.version == TEACHER_VERSION else self.version + 1
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,17 @@ def make_plan(config: Config, train_prompts: int, heldout_prompts: int) -> Plan:
             )
         )
     return Plan({stage.name: stage for stage in stages}, first, first + config.rounds.count)
+
+
+def epochs_of(config: Config, stage: str) -> int:
+    """Passes over the kept samples of a stage."""
+    return config.warmup.epochs if stage == WARMUP_STAGE else config.rounds.epochs_per_round
+
+
+def publishing_step(config: Config, plan: Plan, stage: Stage, steps: int) -> int:
+    """After which of its steps (1-based) a stage's version is published."""
+    early = stage.version != TEACHER_VERSION and stage.publishes != plan.final_version
+    return max(1, math.ceil(config.rounds.publish_at * steps)) if early else steps
 
 
 def sampling_seed(run_seed: int, stage: str, prompt_index: int, sample_index: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_npd.hf_config import ModelDims
+from megatron_npd.hf_config import ModelDims, padded_vocab_size
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Widths:
             query_heads=query_heads,
             key_heads=key_heads,
             mlp=dims.intermediate_size // tensor_parallel,
-            vocabulary=-(-dims.vocab_size // tensor_parallel),
+            vocabulary=padded_vocab_size(dims.vocab_size, tensor_parallel) // tensor_parallel,
         )
 
 

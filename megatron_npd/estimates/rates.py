@@ -11,6 +11,7 @@ from typing import Any
 import tomli_w
 from pydantic import Field, ValidationError
 
+from megatron_npd.buffer.plan import epochs_of
 from megatron_npd.config import Config, load_config
 from megatron_npd.config_section import Section
 from megatron_npd.errors import UserError
@@ -212,14 +213,10 @@ class _Measured:
 
 def _kept_positions(config: Config, steps: Iterable[Record], units: Iterable[Record]) -> float:
     """Tokens of all kept samples of the stages that were trained on, once each."""
-
-    def epochs(stage: str) -> int:
-        return config.warmup.epochs if stage == WARMUP_STAGE else config.rounds.epochs_per_round
-
     distinct = {record["step"]: record for record in steps}.values()
     trained = {record["stage"] for record in distinct}
     untrained = sum(unit["kept"] for unit in units if unit["stage"] not in trained | {HELDOUT_STAGE})
-    tokens = sum(r["perf/tokens"] * r["buffer/packing_efficiency"] / epochs(r["stage"]) for r in distinct)
+    tokens = sum(r["perf/tokens"] * r["buffer/packing_efficiency"] / epochs_of(config, r["stage"]) for r in distinct)
     kept = sum(unit["kept"] for unit in units)
     return tokens * kept / max(kept - untrained, 1)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megatron_npd.buffer.plan import Plan, Stage
+from megatron_npd.buffer.plan import Plan, Stage, epochs_of, publishing_step
 from megatron_npd.config import Config
 from megatron_npd.estimates.rates import Rates
 from megatron_npd.run_directory import HELDOUT_STAGE, WARMUP_STAGE
@@ -76,9 +76,7 @@ def _stage(config: Config, plan: Plan, rates: Rates, stage: Stage) -> StageWork:
     by_teacher = stage.name == WARMUP_STAGE
     conditional = samples.prompt_tokens + samples.response_tokens
     kept = sum(units) * (samples.warmup_kept_share if by_teacher else samples.kept_share)
-    steps = packs_of_steps(config, kept * samples.kept_tokens, by_teacher)
-    publishes = 1 if by_teacher else stage.version + 1
-    fraction = 1.0 if by_teacher or publishes == plan.final_version else config.rounds.publish_at
+    steps = packs_of_steps(config, stage.name, kept * samples.kept_tokens)
     return StageWork(
         stage.name,
         stage.version,
@@ -86,15 +84,15 @@ def _stage(config: Config, plan: Plan, rates: Rates, stage: Stage) -> StageWork:
         # A student's response is scored by both models, with the prompt and without.
         conditional if by_teacher else 2 * (conditional + samples.response_tokens),
         steps,
-        max(1, math.ceil(fraction * len(steps))),
-        publishes,
+        publishing_step(config, plan, stage, len(steps)),
+        stage.publishes,
     )
 
 
-def packs_of_steps(config: Config, tokens: float, by_teacher: bool) -> list[int]:
+def packs_of_steps(config: Config, stage: str, tokens: float) -> list[int]:
     """Packs of every step of a stage with so many kept tokens, as `training.schedule.plan_steps` splits them."""
     training = config.training
     packs = max(1, math.ceil(tokens / (training.sequence_length * PACKING_EFFICIENCY)))
     steps = math.ceil(packs / training.global_batch_size)
     epoch = [packs // steps + (step < packs % steps) for step in range(steps)]
-    return epoch * (config.warmup.epochs if by_teacher else config.rounds.epochs_per_round)
+    return epoch * epochs_of(config, stage)

@@ -30,7 +30,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_npd.hf_config import ModelDims
+from megatron_npd.hf_config import ModelDims, padded_vocab_size
 from megatron_npd.mcore import acceleration
 from megatron_npd.mcore.acceleration import Acceleration
 from megatron_npd.mcore.attention import attention_module
@@ -80,11 +80,6 @@ class SelectedRows(ColumnParallelLinear):
         if self.config.sequence_parallel:
             return gather_from_sequence_parallel_region(input_).index_select(0, self.rows), None
         return copy_to_tensor_model_parallel_region(input_.index_select(0, self.rows)), None
-
-
-def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int) -> int:
-    """Rows of the embedding over all ranks: the next multiple of the tensor-parallel size."""
-    return -(-vocab_size // tensor_model_parallel_size) * tensor_model_parallel_size
 
 
 def valid_vocab_columns(vocab_size: int, parallel: Parallel, limit: int | None = None) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron_npd import stopping
 from megatron_npd.activity import doing, waiting
-from megatron_npd.buffer.plan import Plan, Stage, make_plan
+from megatron_npd.buffer.plan import Plan, Stage, epochs_of, make_plan, publishing_step
 from megatron_npd.buffer.retention import retire_stages
 from megatron_npd.buffer.versions import published_versions
 from megatron_npd.buffer.waiting import turn, turn_lock
@@ -107,12 +107,12 @@ class Trainer:
         steps = self._plan_steps(stage, samples)
         done = self.progress.enter(stage.name)
         logger.info("%s: %d samples, %d of %d steps left", stage.name, len(samples), len(steps) - done, len(steps))
-        publish_at = self._publishing_step(stage, len(steps))
+        publish_at = publishing_step(self.config, self.plan, stage, len(steps))
         for number, step in enumerate(steps[done:], start=done + 1):
             with doing(f"training on {stage.name}, step {number} of {len(steps)}"):
                 drift = self._optimizer_step(stage, samples, step)
             if number == publish_at or self._refresh_is_due(stage, drift):
-                self.publish(stage.version + 1 if stage.version != TEACHER_VERSION else 1)
+                self.publish(stage.publishes)
             self.publisher.poll()
             if number < len(steps):
                 self._checkpoint_if_due()
@@ -215,12 +215,6 @@ class Trainer:
         progress = (index + step.progress) / self.config.rounds.count
         return learning_rate(progress, training.lr, training.min_lr, training.lr_warmup_fraction)
 
-    def _publishing_step(self, stage: Stage, steps: int) -> int:
-        """After which step of a stage (1-based) its version is published."""
-        fraction = 1.0 if stage.version == TEACHER_VERSION else self.config.rounds.publish_at
-        last_round = stage.version + 1 == self.plan.final_version
-        return steps if last_round else max(1, math.ceil(fraction * steps))
-
     def _refresh_is_due(self, stage: Stage, drift: float | None) -> bool:
         """Past the near-policy limit: warn, or ask for the next version now, as configured."""
         limit = self.config.near_policy.kl_limit
@@ -239,13 +233,12 @@ class Trainer:
         return open_stage(self.run, self.config, stage, self.newest_version)
 
     def _plan_steps(self, stage: Stage, samples: StageIndex) -> list[Step]:
-        warmup = stage.name == WARMUP_STAGE
         return plan_steps(
             self.config.seed,
             stage.name,
             samples.identities,
             samples.lengths,
-            epochs=self.config.warmup.epochs if warmup else self.config.rounds.epochs_per_round,
+            epochs=epochs_of(self.config, stage.name),
             capacity=self.config.training.sequence_length,
             global_batch_size=self.config.training.global_batch_size,
             alignment=self.parallel.sequence_alignment,
