@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import re
 import signal
 import subprocess
 import sys
@@ -58,20 +58,21 @@ def test_the_student_makes_room_for_the_teacher(prepared: tuple[RunDirectory, Pl
     try:
         wait_until(lambda: "waiting for the first published policy version" in log.read_text(), 120)
         heldout.unlink()
-        wait_until(lambda: log.read_text().endswith("sampling with the teacher\n"), 120)
+        wait_until(lambda: sidecars(log, "teacher"), 120)
         heldout.touch()  # another sidecar has done it
-        wait_until(lambda: log.read_text().count("sampling with the student") == 2, 120)
-        (child,) = children(process.pid)
+        wait_until(lambda: len(sidecars(log, "student")) == 2, 120)
+        first, second = sidecars(log, "student")
+        assert not alive(first)
+        assert alive(second)
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 128 + signal.SIGTERM
-        assert not alive(child)
+        assert not alive(second)
     finally:
         process.kill()
         process.wait()
     assert "there is work for the teacher again" in log.read_text()
 
 
-def children(pid: int) -> list[int]:
-    """Process ids of a process's children."""
-    tasks = Path(f"/proc/{pid}/task")
-    return [int(child) for task in os.listdir(tasks) for child in (tasks / task / "children").read_text().split()]
+def sidecars(log: Path, policy: str) -> list[int]:
+    """Process ids of the sidecars that were started for a policy, by the log."""
+    return [int(pid) for pid in re.findall(rf"sampling with the {policy}: process (\d+)\n", log.read_text())]

@@ -37,8 +37,8 @@ def sample_both(config: Config) -> int:
     run = RunDirectory(Path(config.run_directory))
     plan = make_plan(config, len(load_prompt_set(run.prompts("train"))), len(load_prompt_set(run.prompts("heldout"))))
     while (policy := next_policy(run, plan)) is not None:
-        logger.info("sampling with the %s", policy)
         with _sidecar(run, policy) as process:
+            logger.info("sampling with the %s: process %d", policy, process.pid)
             look = time.monotonic() + LOOK_SECONDS
             while process.poll() is None:
                 time.sleep(POLL_SECONDS)
