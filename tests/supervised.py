@@ -51,7 +51,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until, "waited in vain"
@@ -62,3 +62,9 @@ def pids_in(*logs: Path) -> list[int]:
     """The process ids that `WITH_GRANDCHILD` printed, once there are two in each log."""
     wait_until(lambda: all(log.exists() and len(log.read_text().split()) >= 2 for log in logs))
     return [int(word) for log in logs for word in log.read_text().split()[:2]]
+
+
+def until_supervisor_says(folder: Path, words: str) -> str:
+    """Code with which a role waits until its supervisor has logged these words."""
+    log = str(folder / "supervisor.log")
+    return f"import time\nwhile {words!r} not in open({log!r}).read(): time.sleep(0.02)"

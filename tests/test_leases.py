@@ -51,11 +51,11 @@ def test_a_lease_nobody_touches_is_taken_over(tmp_path: Path, caplog: pytest.Log
 
 def test_a_lease_is_kept_alive_while_its_holder_works(tmp_path: Path) -> None:
     path = tmp_path / "unit.json"
-    with lease(path, 0.6) as held:
+    with lease(path, 1.5) as held:
         assert held
-        until = time.monotonic() + 1.5
+        until = time.monotonic() + 2.5
         while time.monotonic() < until:
-            with lease(path, 0.6) as other:
+            with lease(path, 1.5) as other:
                 assert other is None
             time.sleep(0.05)
 

@@ -149,20 +149,22 @@ def test_a_version_is_the_parameters_as_they_were(
 def test_only_standing_still_counts_as_stall(student: Path, run: RunDirectory, held: threading.Event) -> None:
     published: list[Published] = []
     publisher = make_publisher(run, student, on_published=published.append)
+    started = time.monotonic()
     publisher.publish(0, parameters_of(student))
-    time.sleep(0.5)  # training
+    stood_still = time.monotonic() - started
+    time.sleep(1.0)  # training
     held.set()
     while not publisher.poll():
         time.sleep(0.01)
     held.clear()
     publisher.publish(1, parameters_of(student))
-    threading.Timer(0.5, held.set).start()
+    threading.Timer(1.0, held.set).start()
     publisher.publish(2, parameters_of(student))  # waits for the one before
     publisher.wait()
     beside, waited, last = published
     assert [beside.version, waited.version, last.version] == [0, 1, 2] == published_versions(run)
-    assert beside.seconds > 0.5 and beside.stall_seconds < 0.4
-    assert waited.seconds > 0.4 and waited.stall_seconds > 0.4
+    assert beside.seconds > 1.0 and beside.stall_seconds <= stood_still
+    assert waited.seconds > 0.5 and waited.stall_seconds > 0.5
 
 
 def test_leftovers_of_killed_writers_go_and_newer_ones_stay(student: Path, run: RunDirectory) -> None:
@@ -376,7 +378,7 @@ def test_one_ranks_death_and_one_ranks_full_disk_reach_all(padded: dict[bool, Pa
     run = RunDirectory(tmp_path / "all" / "run")
     ranks = start_ranks(work(jobs, tmp_path, 2), 2, tmp_path / "rendezvous")
     try:
-        logs = [rank.communicate(timeout=60)[0] for rank in ranks]
+        logs = [rank.communicate(timeout=180)[0] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()

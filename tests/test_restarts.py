@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from supervised import SLEEP, alive, python, role, run, wait_until
+from supervised import SLEEP, alive, python, role, run, until_supervisor_says, wait_until
 
 from megatron_npd.config import LaunchConfig
 from megatron_npd.errors import STORAGE_STATUS
 from megatron_npd.launch import shift
+from megatron_npd.launch.crew import Crew
 from megatron_npd.launch.journal import read_journal
-from megatron_npd.launch.processes import Command
+from megatron_npd.launch.processes import Child, Command
 from megatron_npd.launch.restarts import Failure, delay_before_restart, related
 from megatron_npd.launch.roles import Role
 from megatron_npd.run_directory import RunDirectory, write_json
@@ -133,6 +134,22 @@ def test_a_role_that_gets_further_is_never_given_up(tmp_path: Path) -> None:
     assert output.count("slow exited with status 3") == 5
 
 
+def test_a_failure_right_after_a_look_is_seen_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen to have ended, but not yet how, it would be started again as if it had left its work undone."""
+    failed = Crew.failed
+
+    def look_and_let_it_end(crew: Crew) -> list[Child]:
+        found = failed(crew)
+        wait_until(lambda: not crew.running)
+        return found
+
+    monkeypatch.setattr(Crew, "failed", look_and_let_it_end)
+    status, output = run(tmp_path, [role(tmp_path, "bad", "import time; time.sleep(0.5); raise SystemExit(3)")], max_restarts=1)
+    assert status == 1
+    assert output.count("bad exited with status 3") == 4, "twice as it happened, twice among the reasons"
+    assert "there is work for it" not in output
+
+
 def test_refused_input_is_not_tried_again(tmp_path: Path) -> None:
     status, output = run(tmp_path, [role(tmp_path, "picky", "raise SystemExit(2)")], max_restarts=5)
     assert status == 2
@@ -153,10 +170,16 @@ def test_all_ranks_of_a_role_are_started_again_together(tmp_path: Path) -> None:
     waits = (
         f"import os, time\nprint(os.getpid(), flush=True)\nwhile not os.path.exists({str(done)!r}): time.sleep(0.02)"
     )
-    dies = failing(0, f"import time\nif os.path.getsize({str(tmp_path / 'count')!r}) > 1: open({str(done)!r}, 'w')\n"
-                      "else: time.sleep(0.5); os.kill(os.getpid(), 9)", tmp_path)  # fmt: skip
+    dies = f"""
+import time
+if os.path.getsize({str(tmp_path / "count")!r}) > 1:
+    open({str(done)!r}, "w")
+else:
+    while not os.path.getsize({str(tmp_path / "pair.log")!r}): time.sleep(0.02)
+    os.kill(os.getpid(), 9)
+"""
     pair = Role(
-        "pair", lambda: [python(tmp_path, "pair", waits), python(tmp_path, "pair.rank1", dies)], done.exists, lambda: 0
+        "pair", lambda: [python(tmp_path, "pair", waits), python(tmp_path, "pair.rank1", failing(0, dies, tmp_path))], done.exists, lambda: 0
     )
     status, output = run(tmp_path, [pair], max_restarts=1)
     assert status == 0
@@ -196,7 +219,7 @@ def test_a_log_that_cannot_be_written_is_a_failure_of_the_role_and_not_of_the_su
 def test_a_role_without_room_for_its_files_waits_the_longest_time(tmp_path: Path) -> None:
     room = tmp_path / "room"
     code = f"import os, sys; sys.exit(0 if os.path.exists({str(room)!r}) else {STORAGE_STATUS})"
-    clear = f"import time; time.sleep(0.3); open({str(room)!r}, 'w')"
+    clear = f"{until_supervisor_says(tmp_path, 'could not write or read its files')}\nopen({str(room)!r}, 'w')"
     started = time.monotonic()
     roles = [role(tmp_path, "full", code, room.exists), role(tmp_path, "clears", clear, room.exists)]
     status, output = run(tmp_path, roles, max_restarts=1, longest_restart_delay_seconds=2.0)
@@ -235,7 +258,7 @@ def test_what_hangs_is_killed_and_what_waits_or_works_is_not(tmp_path: Path, mon
         return Role(how, lambda: [command], (tmp_path / how).exists)
 
     started = time.monotonic()
-    status, output = run(tmp_path, [one("waits"), one("works")], hang_seconds=1.0)
+    status, output = run(tmp_path, [one("waits"), one("works")], hang_seconds=2.0)
     assert (status, time.monotonic() - started < 20) == (0, True)
     assert "hung" not in output
     status, output = run(tmp_path, [one("hangs")], hang_seconds=1.0)
@@ -246,7 +269,7 @@ def test_what_hangs_is_killed_and_what_waits_or_works_is_not(tmp_path: Path, mon
 
 def test_a_signal_ends_a_run_that_waits_for_a_restart(tmp_path: Path) -> None:
     """The supervisor sends the signal to itself, by one of its children."""
-    code = f"import os, time; time.sleep(0.3); os.kill({os.getpid()}, {int(signal.SIGUSR1)}); time.sleep(60)"
+    code = f"{until_supervisor_says(tmp_path, 'starting bad again')}\nimport os, time; os.kill({os.getpid()}, {int(signal.SIGUSR1)}); time.sleep(60)"
     roles = [role(tmp_path, "bad", "raise SystemExit(1)"), role(tmp_path, "caller", code)]
     started = time.monotonic()
     status, output = run(tmp_path, roles, max_restarts=3, restart_delay_seconds=30.0)

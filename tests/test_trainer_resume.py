@@ -61,7 +61,7 @@ def killed(
 ) -> RunDirectory:
     """All ranks got SIGKILL at once, somewhere inside a step."""
     run = copy_of(prepared, tmp_path_factory.mktemp("killed") / "run")
-    chosen = random.randrange(3, steps_done(uninterrupted) - 1)
+    chosen = random.randrange(3, steps_done(uninterrupted) - 10)
     print(f"killed after step {chosen}")  # pytest shows it when something fails
     ranks = start_ranks(command(run, TP2_SP), 2, run.root / "rendezvous")
     try:

@@ -42,8 +42,8 @@ class Crew:
 
     @property
     def has_left(self) -> bool:
-        """Whether it neither runs nor is about to."""
-        return self.due is None and not self.running
+        """Whether it neither runs nor is about to. One that has failed since `failed` was asked has not left."""
+        return self.due is None and all(child.poll() == 0 for child in self.children)
 
     def start(self) -> None:
         """Start every process of the role.
