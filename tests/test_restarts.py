@@ -144,7 +144,8 @@ def test_a_failure_right_after_a_look_is_seen_by_the_next(tmp_path: Path, monkey
         return found
 
     monkeypatch.setattr(Crew, "failed", look_and_let_it_end)
-    status, output = run(tmp_path, [role(tmp_path, "bad", "import time; time.sleep(0.5); raise SystemExit(3)")], max_restarts=1)
+    bad = role(tmp_path, "bad", "import time; time.sleep(0.5); raise SystemExit(3)")
+    status, output = run(tmp_path, [bad], max_restarts=1)
     assert status == 1
     assert output.count("bad exited with status 3") == 4, "twice as it happened, twice among the reasons"
     assert "there is work for it" not in output
@@ -178,9 +179,8 @@ else:
     while not os.path.getsize({str(tmp_path / "pair.log")!r}): time.sleep(0.02)
     os.kill(os.getpid(), 9)
 """
-    pair = Role(
-        "pair", lambda: [python(tmp_path, "pair", waits), python(tmp_path, "pair.rank1", failing(0, dies, tmp_path))], done.exists, lambda: 0
-    )
+    commands = [python(tmp_path, "pair", waits), python(tmp_path, "pair.rank1", failing(0, dies, tmp_path))]
+    pair = Role("pair", lambda: commands, done.exists, lambda: 0)
     status, output = run(tmp_path, [pair], max_restarts=1)
     assert status == 0
     assert "pair.rank1 was ended by SIGKILL (out of memory?)" in output
@@ -269,7 +269,12 @@ def test_what_hangs_is_killed_and_what_waits_or_works_is_not(tmp_path: Path, mon
 
 def test_a_signal_ends_a_run_that_waits_for_a_restart(tmp_path: Path) -> None:
     """The supervisor sends the signal to itself, by one of its children."""
-    code = f"{until_supervisor_says(tmp_path, 'starting bad again')}\nimport os, time; os.kill({os.getpid()}, {int(signal.SIGUSR1)}); time.sleep(60)"
+    code = f"""
+{until_supervisor_says(tmp_path, "starting bad again")}
+import os
+os.kill({os.getpid()}, {int(signal.SIGUSR1)})
+time.sleep(60)
+"""
     roles = [role(tmp_path, "bad", "raise SystemExit(1)"), role(tmp_path, "caller", code)]
     started = time.monotonic()
     status, output = run(tmp_path, roles, max_restarts=3, restart_delay_seconds=30.0)

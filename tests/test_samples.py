@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from open_files import open_files
 from shard_factory import make_shard
 from test_buffer import make_config
 
@@ -255,17 +256,20 @@ def test_reading_few_samples_reads_few_bytes(tmp_path: Path, monkeypatch: pytest
     assert counter.take() < size / 100, "the file was open: its header is not read again"
 
 
+def shards_open(run: RunDirectory) -> list[str]:
+    return [file for file in open_files() if file.startswith(str(run.root))]
+
+
 def test_a_bounded_number_of_files_is_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, stage = make_stage(tmp_path, [[(2, 3, KEPT)]] * 9)
     index, expected = opened(run, stage), whole_file_samples(run, stage)
     monkeypatch.setattr(samples, "OPEN_FILES", 4)
-    before = len(os.listdir("/proc/self/fd"))
     for _ in range(2):
         for item, sample in enumerate(index.read(list(range(9)))):
             assert_equal(sample, expected[item])
-        assert len(os.listdir("/proc/self/fd")) == before + 4
+        assert len(shards_open(run)) == 4
     index.close()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert not shards_open(run)
     assert_equal(index.read([5])[0], expected[5])
 
 
