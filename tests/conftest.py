@@ -16,6 +16,7 @@ import tomli_w
 from hypothesis import settings
 
 from megatron_npd.config import Config, load_config
+from megatron_npd.parallel import Parallel
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -64,6 +65,15 @@ class Inputs:
         for section in sections:
             table = table.setdefault(section, {})
         table[name] = value
+
+
+@pytest.fixture(scope="module")
+def parallel() -> Iterator[Parallel]:
+    """Megatron's groups, of this process alone."""
+    from megatron_npd.mcore.parallel import initialize, shutdown
+
+    yield initialize()
+    shutdown()
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ What whole processes take is compared in test_pipeline.py, with the run that is 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from megatron_npd.estimates.memory import (
 from megatron_npd.estimates.parameters import Widths, layer_parameters, stage_parameters
 from megatron_npd.estimates.rates import SampleRates
 from megatron_npd.hf_config import ModelDims, read_model_dims
+from megatron_npd.parallel import Parallel
 from megatron_npd.schema import COLUMNS
 
 DIMS = ModelDims(
@@ -82,43 +84,36 @@ def configuration(**training: Any) -> Config:
 @pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_activations_are_what_autograd_keeps(dtype: str, recompute: str, qk_norm: bool) -> None:
+def test_activations_are_what_autograd_keeps(dtype: str, recompute: str, qk_norm: bool, parallel: Parallel) -> None:
     """Of one layer more, each storage once, in a real Megatron model; parameters are not counted."""
-    kept = {
-        layers: kept_bytes(ModelDims(**{**vars(DIMS), "num_layers": layers, "qk_norm": qk_norm}), dtype, recompute)
-        for layers in (1, 2)
-    }
     config = configuration(dtype=dtype, recompute=recompute)
-    dims = ModelDims(**{**vars(DIMS), "qk_norm": qk_norm})
+    dims = replace(DIMS, qk_norm=qk_norm)
+    kept = {layers: kept_bytes(replace(dims, num_layers=layers), dtype, recompute, parallel) for layers in (1, 2)}
     estimated = layer_activation_bytes(config.training, dims, 2 if dtype == "bfloat16" else 4, "cpu")
     assert (kept[2] - kept[1]) / config.training.sequence_length == pytest.approx(estimated, rel=0.005)
 
 
-def kept_bytes(dims: ModelDims, dtype: str, recompute: str) -> int:
+def kept_bytes(dims: ModelDims, dtype: str, recompute: str, parallel: Parallel) -> int:
     from megatron_npd.mcore.model import ModelOptions, build_gpt, forward_packed
-    from megatron_npd.mcore.parallel import initialize, shutdown
 
-    parallel = initialize()
-    try:
-        [model] = build_gpt(dims, parallel, getattr(torch, dtype), ModelOptions("reference", False, recompute))
-        own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-        storages: dict[int, int] = {}
-        alive = []  # or an address would be used twice
+    [model] = build_gpt(dims, parallel, getattr(torch, dtype), ModelOptions("reference", False, recompute))
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    storages: dict[int, int] = {}
+    alive = []  # or an address would be used twice
 
-        def note(tensor: torch.Tensor) -> torch.Tensor:
-            alive.append(tensor)
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                storages[storage.data_ptr()] = storage.nbytes()
-            return tensor
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        alive.append(tensor)
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
 
-        bounds = torch.tensor([0, 96, 288, 512], dtype=torch.int32)  # multiples of 32: see mcore.attention
-        tokens, rows = torch.zeros(512, dtype=torch.int64), torch.arange(50)
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            forward_packed(model, tokens, bounds, rows, parallel)
-        return sum(storages.values())
-    finally:
-        shutdown()
+    bounds = torch.tensor([0, 96, 288, 512], dtype=torch.int32)  # multiples of 32: see mcore.attention
+    tokens, rows = torch.zeros(512, dtype=torch.int64), torch.arange(50)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        hidden = forward_packed(model, tokens, bounds, rows, parallel)
+    hidden.sum().backward()  # or a layer that recomputes and its graph hold each other, and Megatron's groups, for good
+    return sum(storages.values())
 
 
 def terms(memory: Any) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +17,6 @@ from megatron_npd.data.tokenizer import load_tokenizer
 from megatron_npd.errors import UserError
 from megatron_npd.parallel import Parallel
 from megatron_npd.schema import FinishReason, Verdict
-
-
-@pytest.fixture(scope="module")
-def parallel() -> Iterator[Parallel]:
-    from megatron_npd.mcore.parallel import initialize, shutdown
-
-    yield initialize()
-    shutdown()
 
 
 @pytest.fixture(scope="module")
