@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from megatron_npd import __version__
-from megatron_npd.errors import STORAGE_STATUS, USAGE_STATUS, UserError, storage_reason
+from megatron_npd.errors import STORAGE_STATUS, USAGE_STATUS, BadVersionError, UserError, storage_reason
 
 if TYPE_CHECKING:
     from megatron_npd.config import Config
@@ -40,6 +40,9 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(error, UserError):
             _say(f"error: {error}")
             return USAGE_STATUS
+        if isinstance(error, BadVersionError):
+            _say(f"error: {error}")
+            return 1
         raise
 
 

@@ -32,6 +32,11 @@ class StorageError(UserError):
     the reason. Ends a command with `STORAGE_STATUS`: unlike other refusals it is worth trying again."""
 
 
+class BadVersionError(ValueError):
+    """A published policy version that must not be used. Its text is one line naming the file or tensor and what is
+    wrong with it. Ends a command with status 1: what was read wrongly may be read well the next time."""
+
+
 _ERRNO_IN_TEXT = re.compile(r"\[Errno (\d+)\]|\(os error (\d+)\)")
 """How Python and Rust libraries pass on an operating-system error whose exception they replaced."""
 

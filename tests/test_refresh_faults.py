@@ -19,11 +19,13 @@ from open_files import open_files
 from safetensors.torch import load_file, save_file
 from tiny_models import make_model, probe_sequences, publish
 
-from megatron_npd.buffer.versions import BadVersionError, read_manifest, read_parity_probe, write_manifest
+from megatron_npd.buffer.versions import read_manifest, read_parity_probe, verify_version, write_manifest
+from megatron_npd.errors import BadVersionError
+from megatron_npd.hf_config import read_model_dims
 from megatron_npd.rollout import engine as engine_module
 from megatron_npd.rollout import worker
 from megatron_npd.rollout.engine import RolloutEngine, RolloutError
-from megatron_npd.rollout.update import read_version, stage_version
+from megatron_npd.rollout.update import ServedVersion, stage_version
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("engines_live_on")]
 
@@ -247,7 +249,8 @@ def test_what_happens_to_the_files_after_verification_does_not_matter(
 
 def test_version_that_is_swapped_while_it_is_read_is_one_of_the_two_or_refused(tmp_path: Path) -> None:
     """Two whole versions of one number, exchanged all the time by renames: never a mixture."""
-    served = read_version(published(tmp_path, 0, tied=True), 0)
+    first = published(tmp_path, 0, tied=True)
+    served = ServedVersion(0, read_model_dims(first), verify_version(first).tensors)
     folder, aside = tmp_path / "v000001", tmp_path / "aside"
     contents = []
     for seed, place in enumerate((folder, aside)):

@@ -30,9 +30,10 @@ from megatron_runs import run_ranks
 from tiny_models import EOS, LLAMA3_ROPE, hf_logprobs, make_llama, make_model, probe_sequences, publish
 
 from megatron_npd.buffer.shards import read_shard
-from megatron_npd.buffer.versions import BadVersionError, ParityProbe, read_parity_probe, write_manifest
+from megatron_npd.buffer.versions import ParityProbe, read_parity_probe, write_manifest
 from megatron_npd.config import Config
 from megatron_npd.data.prompts import save_prompt_set
+from megatron_npd.errors import BadVersionError
 from megatron_npd.observe.metrics import read_metrics
 from megatron_npd.rollout import sidecar
 from megatron_npd.rollout.engine import Request, RolloutEngine, RolloutError

@@ -7,15 +7,17 @@ logprobs, by which a reader proves that it really serves this version.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megatron_npd.errors import BadVersionError
 from megatron_npd.run_directory import RunDirectory, read_json, write_json
 
 MANIFEST = "version.json"
@@ -23,10 +25,6 @@ PARITY = "parity.json"
 _VERSION_NAME = re.compile(r"v(\d{6})")
 _CHUNK_BYTES = 1 << 20
 """Read, hashed and copied at once, while the processor's cache holds it."""
-
-
-class BadVersionError(ValueError):
-    """A published version that must not be used: the text names the file or tensor and what is wrong."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +105,37 @@ def verify_version(folder: Path) -> VersionManifest:
     manifest = read_manifest(folder)
     check_content(folder, manifest, copies={})
     return manifest
+
+
+@contextlib.contextmanager
+def verified(folder: Path, version: int) -> Iterator[VersionManifest]:
+    """Hold a published version still while somebody reads its files: they are verified first, and if one is another
+    one afterwards, what was read of them is refused.
+
+    Raises:
+        BadVersionError: see `verify_version`; also if it is another version than `version`, or if a file was replaced,
+            written to, removed or added meanwhile.
+    """
+    before = _file_states(folder)
+    manifest = verify_version(folder)
+    require_version(folder, manifest, version)
+    yield manifest
+    now = _file_states(folder)
+    for name in sorted(before.keys() | now.keys()):
+        if now.get(name) != before.get(name):
+            raise BadVersionError(f"{folder / name}: changed while it was being loaded")
+
+
+def require_version(folder: Path, manifest: VersionManifest, version: int) -> None:
+    """Raises `BadVersionError` unless the manifest is that of `version`."""
+    if manifest.version != version:
+        raise BadVersionError(f"{folder}: the manifest says version {manifest.version}, expected {version}")
+
+
+def _file_states(folder: Path) -> dict[str, tuple[int, int, int]]:
+    """(inode, size, time of the last change in ns) of every file in a folder: equal as long as nothing was replaced."""
+    states = ((entry.name, entry.stat()) for entry in folder.iterdir()) if folder.is_dir() else ()
+    return {name: (state.st_ino, state.st_size, state.st_mtime_ns) for name, state in states}
 
 
 def check_content(folder: Path, manifest: VersionManifest, copies: Mapping[str, int]) -> None:

@@ -34,8 +34,9 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_npd.buffer.plan import make_plan
 from megatron_npd.buffer.retention import collected
-from megatron_npd.buffer.versions import BadVersionError, read_header
+from megatron_npd.buffer.versions import read_header
 from megatron_npd.config import Config
+from megatron_npd.errors import BadVersionError
 from megatron_npd.observe.metrics import busy_span, read_metrics
 from megatron_npd.observe.plots import distinct_steps
 from megatron_npd.observe.report import render_report

@@ -6,6 +6,7 @@ engine gave up on is retried once and then raises, so that a failure never becom
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import math
@@ -15,16 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_npd import activity
+from megatron_npd.buffer.versions import verified
 from megatron_npd.config import RolloutConfig
 from megatron_npd.hf_config import read_model_dims
 from megatron_npd.rollout.start import start_vllm
 from megatron_npd.rollout.update import (
     ServedVersion,
     StagedVersion,
-    file_states,
-    read_version,
     require_newer,
-    require_unchanged,
     stage_version,
 )
 from megatron_npd.schema import TEACHER_VERSION, FinishReason
@@ -88,16 +87,15 @@ class RolloutEngine:
         trust_remote_code: bool = False,
     ):
         self.version = version
-        published = version != TEACHER_VERSION
-        before = file_states(folder) if published else {}
-        self._served: ServedVersion | None = read_version(folder, version) if published else None
         self._broken: str | None = None
         self._names = itertools.count()
-        # vLLM wants room for one new token after a sequence that is only scored.
-        length = min(max_model_len + 1, read_model_dims(folder).max_positions)
-        self._llm = start_vllm(folder, rollout, dtype, length, published, trust_remote_code)
-        if published:
-            require_unchanged(folder, before)  # vLLM reads the files by itself, after they were verified
+        # vLLM reads the files by itself.
+        with verified(folder, version) if version != TEACHER_VERSION else contextlib.nullcontext() as manifest:
+            dims = read_model_dims(folder)
+            # vLLM wants room for one new token after a sequence that is only scored.
+            length = min(max_model_len + 1, dims.max_positions)
+            self._llm = start_vllm(folder, rollout, dtype, length, manifest is not None, trust_remote_code)
+        self._served = None if manifest is None else ServedVersion(version, dims, manifest.tensors)
         self._llm.engine_core.set_weight_version(str(version))
 
     def generate(self, requests: list[Request]) -> list[Response]:

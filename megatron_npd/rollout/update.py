@@ -16,14 +16,13 @@ from typing import Self
 from megatron_npd.buffer.host_copy import CONFIG, HostCopy
 from megatron_npd.buffer.versions import (
     PARITY,
-    BadVersionError,
     ParityProbe,
     VersionManifest,
     read_manifest,
-    verify_version,
+    require_version,
 )
-from megatron_npd.errors import UserError
-from megatron_npd.hf_config import ModelDims, model_dims, read_model_dims
+from megatron_npd.errors import BadVersionError, UserError
+from megatron_npd.hf_config import ModelDims, model_dims
 
 
 @dataclass(frozen=True)
@@ -60,17 +59,6 @@ class StagedVersion:
         self.copy.close()
 
 
-def read_version(folder: Path, version: int) -> ServedVersion:
-    """Verify the published version in `folder`, where it lies.
-
-    Raises:
-        BadVersionError: a file or tensor is not what the manifest says, or the manifest is another version's.
-    """
-    manifest = verify_version(folder)
-    _require_version(folder, manifest, version)
-    return ServedVersion(version, read_model_dims(folder), manifest.tensors)
-
-
 def stage_version(served: ServedVersion, folder: Path, version: int) -> StagedVersion:
     """Read the version in `folder` into memory and verify that it can replace the served one.
 
@@ -82,7 +70,7 @@ def stage_version(served: ServedVersion, folder: Path, version: int) -> StagedVe
     started = time.monotonic()
     require_newer(served, folder, version)
     manifest = read_manifest(folder)
-    _require_version(folder, manifest, version)
+    require_version(folder, manifest, version)
     _require_same_tensors(folder, served, manifest)
     if not {CONFIG, PARITY} <= manifest.files.keys():
         raise BadVersionError(f"{folder}: the manifest must list {CONFIG} and {PARITY}")
@@ -100,25 +88,6 @@ def require_newer(served: ServedVersion, what: Path | str, version: int) -> None
     """Raises `BadVersionError` unless `version` is newer than the served one."""
     if version <= served.version:
         raise BadVersionError(f"{what}: version {version} is not newer than version {served.version}, which is served")
-
-
-def file_states(folder: Path) -> dict[str, tuple[int, int, int]]:
-    """(inode, size, time of the last change in ns) of every file in a folder: equal as long as nothing was replaced."""
-    states = ((entry.name, entry.stat()) for entry in folder.iterdir())
-    return {name: (state.st_ino, state.st_size, state.st_mtime_ns) for name, state in states}
-
-
-def require_unchanged(folder: Path, before: dict[str, tuple[int, int, int]]) -> None:
-    """Raises `BadVersionError` if a file of the folder was replaced, written to, removed or added."""
-    now = file_states(folder) if folder.is_dir() else {}
-    for name in sorted(before.keys() | now.keys()):
-        if now.get(name) != before.get(name):
-            raise BadVersionError(f"{folder / name}: changed while it was being loaded")
-
-
-def _require_version(folder: Path, manifest: VersionManifest, version: int) -> None:
-    if manifest.version != version:
-        raise BadVersionError(f"{folder}: the manifest says version {manifest.version}, expected {version}")
 
 
 def _require_same_tensors(folder: Path, served: ServedVersion, new: VersionManifest) -> None:

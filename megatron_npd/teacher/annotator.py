@@ -22,7 +22,7 @@ from megatron_npd.buffer.leases import lease
 from megatron_npd.buffer.listing import finished_units, is_finished
 from megatron_npd.buffer.plan import Plan, Stage, make_plan
 from megatron_npd.buffer.shards import Shard, read_or_quarantine, read_shard, write_shard
-from megatron_npd.buffer.versions import published_versions, verify_version
+from megatron_npd.buffer.versions import published_versions, verified
 from megatron_npd.buffer.waiting import turn, turn_lock
 from megatron_npd.config import Config
 from megatron_npd.data.prompts import load_prompt_set
@@ -187,8 +187,8 @@ class Annotator:
             return
         started = time.monotonic()
         folder = self.run.version(version)
-        verify_version(folder)
-        self.student.load(folder)
+        with verified(folder, version):
+            self.student.load(folder)
         self.student_version = version
         self._log("refresh", version=version, seconds=time.monotonic() - started)
 
