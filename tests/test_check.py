@@ -12,7 +12,7 @@ from conftest import Inputs
 from test_simulation import rates
 
 from megatron_npd.cli import main
-from megatron_npd.launch.estimate import device_of, duration, workers_of
+from megatron_npd.launch.estimate import device_of, workers_of
 
 Check = Callable[..., tuple[int, str]]
 PLAN_CLUSTER = Path(__file__).parents[1] / "tools" / "plan_cluster.py"
@@ -98,13 +98,6 @@ def test_a_slurm_table_says_what_the_roles_compute_on(inputs: Inputs) -> None:
     assert (workers_of(inputs.config).sidecars, workers_of(inputs.config).teacher_sidecars) == (3, 0)
     inputs.set("slurm.gpus_per_node", 0)
     assert device_of(inputs.config) == "cpu"
-
-
-@pytest.mark.parametrize(
-    ("seconds", "words"), [(9.4, "9 s"), (119.0, "119 s"), (150.0, "2.5 min"), (9e3, "2.5 hours"), (2e6, "23.1 days")]
-)
-def test_durations(seconds: float, words: str) -> None:
-    assert duration(seconds) == words
 
 
 def test_a_cluster_is_planned_in_a_table_and_a_plot(plan_cluster: Check, inputs: Inputs, tmp_path: Path) -> None:

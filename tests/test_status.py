@@ -34,7 +34,8 @@ from megatron_npd.launch.journal import FAILURE, RESTART, Journal
 from megatron_npd.launch.leftovers import remove_dead_signs, remove_unfinished
 from megatron_npd.launch.prepare import prepare
 from megatron_npd.launch.status import status
-from megatron_npd.launch.status_text import as_text, duration
+from megatron_npd.launch.status_text import as_text
+from megatron_npd.observe.durations import duration
 from megatron_npd.observe.metrics import Metrics
 from megatron_npd.run_directory import (
     CHECKPOINT_STATE,
@@ -268,7 +269,7 @@ def test_a_copied_run_has_nobody_at_work(working: RunDirectory, tmp_path: Path) 
     now = status(tmp_path / "copy")
     assert (now["state"], now["processes"]) == ("stopped", [])
     assert now["checkpoint"]["step"] == 7
-    assert "the same `npd run` continues it" in as_text(now)
+    assert "stopped; started again, it continues from here" in as_text(now)
 
 
 def test_a_finished_run(working: RunDirectory) -> None:

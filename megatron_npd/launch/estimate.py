@@ -16,6 +16,7 @@ from megatron_npd.estimates.simulation import ROLES, Timeline, Workers, simulate
 from megatron_npd.estimates.workload import workload
 from megatron_npd.hf_config import ModelDims
 from megatron_npd.launch.preflight import Inputs
+from megatron_npd.observe.durations import duration
 
 
 def estimate(config: Config, inputs: Inputs, rates_from: Path | None) -> Iterator[str]:
@@ -119,11 +120,3 @@ def _size(nbytes: float) -> str:
         if nbytes >= scale:
             return f"{nbytes / scale:.1f} {unit}"
     return f"{nbytes / 2**10:.1f} KiB"
-
-
-def duration(seconds: float) -> str:
-    """In the unit a person would say it in."""
-    for unit, scale in (("days", 86400.0), ("hours", 3600.0), ("min", 60.0)):
-        if seconds >= 2 * scale:
-            return f"{seconds / scale:.1f} {unit}"
-    return f"{seconds:.0f} s"

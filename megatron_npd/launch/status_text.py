@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_npd.activity import WAITING
+from megatron_npd.observe.durations import duration
 
 _STATES = {"to_come": "", "heldout": "", "training": ", being trained on", "trained": ", trained on"}
 _STATES["collected"] = ", trained on and removed"
@@ -16,17 +17,8 @@ def as_text(status: dict[str, Any]) -> str:
     return "\n".join(_lines(status))
 
 
-def duration(seconds: float) -> str:
-    """A span of time as people say it: 8 s, 3 min 20 s, 2 h 5 min, 4 d 1 h."""
-    for size, unit, smaller_size, smaller in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
-        if seconds >= size:
-            rest = int(seconds % size // smaller_size)
-            return f"{int(seconds // size)} {unit}" + (f" {rest} {smaller}" if rest else "")
-    return f"{seconds:.0f} s"
-
-
 def _lines(status: dict[str, Any]) -> Iterator[str]:
-    end = {"finished": f": {status['student']}", "stopped": "; the same `npd run` continues it"}
+    end = {"finished": f": {status['student']}", "stopped": "; started again, it continues from here"}
     yield f"{status['run']}: {status['state']}{end.get(status['state'], '')}"
     for process in status["processes"]:
         yield f"  {process['name']:<18}{_activity(process)}"

@@ -16,6 +16,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
+from megatron_npd.observe.durations import duration
 from megatron_npd.observe.plots import (
     STYLE,
     Record,
@@ -85,7 +86,7 @@ def _headline(summary: dict[str, Any]) -> str:
         ("Samples kept", f"{_figure(kept, ',')} of {_figure(generated, ',')}", reasons if kept is not None else ""),
         ("Optimizer steps", _figure(summary.get("optimizer_steps"), ","),
          f"{_figure(summary.get('trained_tokens'), ',')} response tokens"),
-        ("Wall time", _duration(wall), f"largest near-policy KL {_figure(drift, '.3f')}"),
+        ("Wall time", "–" if wall is None else duration(wall), f"largest near-policy KL {_figure(drift, '.3f')}"),
     ]  # fmt: skip
     card = '<div class="card"><span>{}</span><strong>{}</strong><small>{}</small></div>'
     return '<div class="cards">' + "".join(card.format(*map(escape, texts)) for texts in cards) + "</div>\n"
@@ -129,13 +130,6 @@ def _figure(value: Any, form: str) -> str:
     if value is None:
         return "–"
     return format(value, form or ("," if isinstance(value, int) else ".4g" if isinstance(value, float) else ""))
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "–"
-    hours, minutes = int(seconds // 3600), int(seconds % 3600 // 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {int(seconds % 60):02d} s"
 
 
 READ_HELDOUT = (
