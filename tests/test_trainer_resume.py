@@ -16,8 +16,9 @@ from conftest import Inputs, write_prompts
 from fabricated_buffer import make_buffer
 from megatron_runs import run_ranks, start_ranks
 from safetensors.torch import load_file
+from test_pipeline import assert_same_versions
 
-from megatron_npd.buffer.versions import MANIFEST, published_versions
+from megatron_npd.buffer.versions import published_versions
 from megatron_npd.observe.metrics import read_metrics
 from megatron_npd.run_directory import RunDirectory, read_json
 
@@ -61,7 +62,7 @@ def killed(
 ) -> RunDirectory:
     """All ranks got SIGKILL at once, somewhere inside a step."""
     run = copy_of(prepared, tmp_path_factory.mktemp("killed") / "run")
-    chosen = random.randrange(3, steps_done(uninterrupted) - 10)
+    chosen = random.randrange(3, steps_done(uninterrupted) - 3)
     print(f"killed after step {chosen}")  # pytest shows it when something fails
     ranks = start_ranks(command(run, TP2_SP), 2, run.root / "rendezvous")
     try:
@@ -85,9 +86,7 @@ def test_the_same_layout_continues_bit_exactly(
     run = copy_of(killed, tmp_path / "run")
     run_ranks(command(run, TP2_SP), 2, run.root / "rendezvous")
     assert published_versions(run) == published_versions(uninterrupted) == [0, 1, 2, 3]
-    for version in published_versions(run):
-        ours, theirs = (read_json(r.version(version) / MANIFEST) for r in (run, uninterrupted))
-        assert ours["files"] == theirs["files"], f"version {version} differs"
+    assert_same_versions(uninterrupted, run)
 
 
 @pytest.mark.parametrize("layout", [PP2_INTERLEAVED, DP2, {}], ids=["pp2_interleaved", "dp2", "single"])
@@ -123,9 +122,7 @@ def test_asked_to_stop_it_loses_nothing(prepared: RunDirectory, uninterrupted: R
     assert 0 < first < second < total
     run_ranks(command(run, TP2_SP), 2, run.root / "rendezvous")
     assert [record["step"] for record in step_records(run)] == list(range(1, total + 1)), "every step once, none twice"
-    for version in published_versions(uninterrupted):
-        ours, theirs = (read_json(r.version(version) / MANIFEST) for r in (run, uninterrupted))
-        assert ours["files"] == theirs["files"], f"version {version} differs"
+    assert_same_versions(uninterrupted, run)
 
 
 def stopped(run: RunDirectory, number: signal.Signals, rank: int, when: Callable[[str], bool]) -> int:
@@ -177,9 +174,7 @@ def test_killed_while_a_version_is_written(prepared: RunDirectory, uninterrupted
     run_ranks(command(run, TP2_SP), 2, run.root / "rendezvous")
     assert published_versions(run) == [0, 1, 2, 3]
     assert sorted(path.name for path in run.weights.iterdir()) == [f"v00000{version}" for version in range(4)]
-    for version in range(4):
-        ours, theirs = (read_json(r.version(version) / MANIFEST) for r in (run, uninterrupted))
-        assert ours["files"] == theirs["files"], f"version {version} differs"
+    assert_same_versions(uninterrupted, run)
 
 
 def test_a_folder_that_cannot_be_written_ends_the_trainer_with_one_line(prepared: RunDirectory, tmp_path: Path) -> None:
