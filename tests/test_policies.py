@@ -58,7 +58,7 @@ def test_the_student_makes_room_for_the_teacher(prepared: tuple[RunDirectory, Pl
     try:
         wait_until(lambda: "waiting for the first published policy version" in log.read_text(), 120)
         heldout.unlink()
-        wait_until(lambda: sidecars(log, "teacher"), 120)
+        wait_until(lambda: len(sidecars(log, "teacher")) == 1, 120)
         heldout.touch()  # another sidecar has done it
         wait_until(lambda: len(sidecars(log, "student")) == 2, 120)
         first, second = sidecars(log, "student")

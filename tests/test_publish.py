@@ -164,7 +164,7 @@ def test_only_standing_still_counts_as_stall(student: Path, run: RunDirectory, h
     beside, waited, last = published
     assert [beside.version, waited.version, last.version] == [0, 1, 2] == published_versions(run)
     assert beside.seconds > 1.0 and beside.stall_seconds <= stood_still
-    assert waited.seconds > 0.5 and waited.stall_seconds > 0.5
+    assert waited.seconds > 0.8 and waited.stall_seconds > 0.8
 
 
 def test_leftovers_of_killed_writers_go_and_newer_ones_stay(student: Path, run: RunDirectory) -> None:
@@ -378,7 +378,7 @@ def test_one_ranks_death_and_one_ranks_full_disk_reach_all(padded: dict[bool, Pa
     run = RunDirectory(tmp_path / "all" / "run")
     ranks = start_ranks(work(jobs, tmp_path, 2), 2, tmp_path / "rendezvous")
     try:
-        logs = [rank.communicate(timeout=180)[0] for rank in ranks]
+        logs = [rank.communicate(timeout=60)[0] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()

@@ -118,7 +118,7 @@ def test_no_process_and_no_step_is_lost(run: RunDirectory) -> None:
     wait_until(a_checkpoint_is_written, 300)
     supervisor.kill()
     supervisor.wait()
-    wait_until(lambda: not any(map(alive, most)))
+    wait_until(lambda: not any(map(alive, most)), 5)
     saved = resume_point(run)
     assert saved is not None
 

@@ -228,8 +228,8 @@ def test_nothing_outlives_a_killed_supervisor(tmp_path: Path, guardian_first: bo
         wait_until(lambda: guardians(mark) not in ([], [guardian]))
     supervisor.kill()
     supervisor.communicate()
-    wait_until(lambda: not any(map(alive, pids)))
-    wait_until(lambda: not guardians(mark))
+    wait_until(lambda: not any(map(alive, pids)), 5)
+    wait_until(lambda: not guardians(mark), 5)
 
 
 def test_one_supervisor_a_run_directory(inputs: Inputs, capsys: pytest.CaptureFixture[str]) -> None:
