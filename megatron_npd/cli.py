@@ -61,6 +61,7 @@ def _run(arguments: Arguments) -> int:
 
 
 def _check(arguments: Arguments) -> None:
+    from megatron_npd.launch.dtype import decide_dtype, describe_dtype
     from megatron_npd.launch.estimate import estimate
     from megatron_npd.launch.preflight import preflight
     from megatron_npd.launch.prepare import check_directory
@@ -69,6 +70,8 @@ def _check(arguments: Arguments) -> None:
     config = _load(arguments)
     check_directory(RunDirectory(Path(config.run_directory)), config)
     inputs = preflight(config, with_weights=not arguments.without_weights)
+    if not config.models.dtype_reason:  # else decided when the run was prepared
+        config = decide_dtype(config, in_cluster=bool(config.slurm.model_fields_set))
     for checkpoint in (inputs.teacher, inputs.student):
         dims = checkpoint.dims
         print(
@@ -76,14 +79,18 @@ def _check(arguments: Arguments) -> None:
         )
     print(f"prompts.train = {config.prompts.train}: {inputs.train}")
     print(f"prompts.heldout = {config.prompts.heldout}: {inputs.heldout}")
+    print(describe_dtype(config))
     print("\n".join(estimate(config, inputs, Path(arguments.rates) if arguments.rates else None)))
     print("ok: nothing was found that would keep this run from starting")
 
 
 def _prepare(arguments: Arguments) -> None:
-    from megatron_npd.launch.prepare import prepare
+    from megatron_npd.launch.dtype import describe_dtype
+    from megatron_npd.launch.prepare import as_prepared, prepare
 
-    print(f"prepared: {prepare(_load(arguments)).root}")
+    config = _load(arguments)
+    print(f"prepared: {prepare(config, in_cluster='SLURM_JOB_ID' in os.environ).root}")
+    print(describe_dtype(as_prepared(config)))
 
 
 def _trainer(arguments: Arguments) -> None:

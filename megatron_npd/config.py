@@ -25,8 +25,12 @@ class ModelsConfig(Section):
     """Hugging Face checkpoint folder of the teacher."""
     student: str
     """Hugging Face checkpoint folder the student starts from."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Compute and publishing dtype of every role; main weights and optimizer state are float32 always."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Compute and publishing dtype of every role; main weights and optimizer state are float32 always. auto: bfloat16 on
+    a GPU and on a processor whose matrix products are faster in it, else float32. Measured when the run is prepared;
+    the run keeps what was decided then."""
+    dtype_reason: str = ""
+    """Why `dtype` is what it is. Written into the run directory's config.toml; nothing to set."""
     trust_remote_code: bool = False
     """Run Python code that lies in a checkpoint (its tokenizer, its configuration class). No supported model needs it:
     openPangu's tokenizer is read from its SentencePiece file otherwise."""
@@ -89,6 +93,9 @@ class AnnotatorConfig(Section):
     """Teacher logprobs kept for each response token."""
     pack_length: int = Field(2048, ge=16)
     """Tokens of one packed prefill."""
+    heldout_cache_gib: float = Field(2.0, ge=0.0)
+    """Host memory of a rank for what the teacher makes of the held-out set, GiB: read once instead of for every
+    version. What does not fit is read each time; the figures are the same."""
     threads: int = Field(2, ge=1)
     """CPU threads of an annotator on a CPU."""
 
@@ -208,6 +215,12 @@ CHANGEABLE_IN_TRAINING = {
     "threads",
 }
 """Keys of `training` that decide how the same numbers are computed (to rounding), not which."""
+CHANGEABLE: dict[str, set[str]] = {
+    "models": {"dtype_reason"},
+    "annotator": {"heldout_cache_gib"},
+    "training": CHANGEABLE_IN_TRAINING,
+}
+"""By section, keys that a run may change when it is started again."""
 
 
 class NearPolicyConfig(Section):
@@ -317,10 +330,16 @@ class Config(Section):
     @property
     def identity(self) -> dict[str, Any]:
         """Everything that decides what the run computes, nested as in the file. The rest may change on a restart:
-        the directory, what stays on disk, `launch`, `slurm`, how the trainer is laid out over ranks and how it saves.
+        the directory, what stays on disk, `launch`, `slurm`, how the trainer is laid out over ranks and how it saves,
+        and why a dtype was chosen.
         """
         whole = dict.fromkeys(("run_directory", "buffer", "launch", "slurm"), True)
-        return self.model_dump(exclude=whole | {"training": CHANGEABLE_IN_TRAINING})
+        return self.model_dump(exclude=whole | CHANGEABLE)
+
+    def with_dtype(self, dtype: str, reason: str) -> Config:
+        """The same run computing in `dtype`, for this reason."""
+        models = self.models.model_copy(update={"dtype": dtype, "dtype_reason": reason})
+        return self.model_copy(update={"models": models})
 
     @property
     def digest(self) -> str:

@@ -104,7 +104,10 @@ def make_config(folders: dict[str, Path], tmp_path: Path) -> Config:
     return load_config(path)
 
 
-def make_rollouts(pairs: list[tuple[np.ndarray, np.ndarray]], reasons: list[FinishReason]) -> Shard:
+def make_rollouts(
+    pairs: list[tuple[np.ndarray, np.ndarray]], reasons: list[FinishReason], sampled_by: Path
+) -> Shard:
+    """A shard whose behaviour logprobs are those of the checkpoint in `sampled_by`, by Hugging Face."""
     prompt_ids, prompt_offsets = concatenate_ragged([p for p, _ in pairs], "int32")
     response_ids, response_offsets = concatenate_ragged([r for _, r in pairs], "int32")
     count = len(pairs)
@@ -120,10 +123,18 @@ def make_rollouts(pairs: list[tuple[np.ndarray, np.ndarray]], reasons: list[Fini
             "prompt_offsets": prompt_offsets,
             "response_ids": response_ids,
             "response_offsets": response_offsets,
-            "behaviour_logprobs": np.zeros(len(response_ids), np.float32),
+            "behaviour_logprobs": np.concatenate([behaviour_logprobs(sampled_by, *pair) for pair in pairs]),
         },
         {},
     )
+
+
+def behaviour_logprobs(folder: Path, prompt: np.ndarray, response: np.ndarray) -> np.ndarray:
+    """float32 [R]; zeros for a response with an id that the model does not have."""
+    if response.max() >= VOCAB_SIZE:
+        return np.zeros(len(response), np.float32)
+    targets = torch.from_numpy(response.astype(np.int64))
+    return hf_logprobs(folder, prompt, response).gather(1, targets[:, None])[:, 0].numpy()
 
 
 def test_annotation_judges_and_annotates_what_is_kept(models: dict, folders: dict[str, Path], tmp_path: Path) -> None:
@@ -135,7 +146,7 @@ def test_annotation_judges_and_annotates_what_is_kept(models: dict, folders: dic
     pairs[1] = (pairs[1][0], np.array([5, VOCAB_SIZE + 7, EOS], np.int32))  # no such token
     reasons = [FinishReason.STOP] * 12
     reasons[2] = FinishReason.LENGTH
-    shard = make_rollouts(pairs, reasons)
+    shard = make_rollouts(pairs, reasons, folders["student"])
     samples, tokens = annotate_shard(
         shard, config, models["teacher"], models["student"], prefix, frozenset({EOS}), VOCAB_SIZE
     )
@@ -157,33 +168,58 @@ def test_annotation_judges_and_annotates_what_is_kept(models: dict, folders: dic
                 nll = -logprobs.gather(1, torch.from_numpy(response.astype(np.int64))[:, None]).mean().item()
                 assert samples[f"nll_{name}_{form}"][row] == pytest.approx(nll, abs=1e-5)
     scored = [pair for row, pair in enumerate(pairs) if row != 1]
-    assert tokens == 2 * sum(len(p) + 2 * len(r) + len(prefix) - 2 for p, r in scored)
+    once, twice = (sum(len(p) + len(r) - 1 for p, r in scored), sum(len(prefix) + len(r) - 1 for _, r in scored))
+    assert tokens == once + 2 * twice, "the student given the prompt is not prefilled: the sidecar's logprobs say it"
 
 
 def test_teacher_equal_to_student_gives_zero_delta(models: dict, folders: dict[str, Path], tmp_path: Path) -> None:
     from megatron_npd.teacher.annotation import annotate_shard
-    from megatron_npd.teacher.heldout import evaluate_heldout
+    from megatron_npd.teacher.heldout import HeldoutSet
 
     teacher, pairs = models["teacher"], pairs_of(6)
-    shard = make_rollouts(pairs, [FinishReason.STOP] * 6)
+    shard = make_rollouts(pairs, [FinishReason.STOP] * 6, folders["teacher"])
     config = make_config(folders, tmp_path)
     samples, _ = annotate_shard(shard, config, teacher, teacher, np.array([1], np.int32), frozenset({EOS}), VOCAB_SIZE)
-    assert (samples["delta_ifd"] == 0).all()
-    figures = evaluate_heldout(teacher, teacher, pairs, 64)
+    np.testing.assert_allclose(samples["delta_ifd"], 0, atol=1e-5)
+    figures = HeldoutSet(teacher, pairs, 64, 0).evaluate(teacher)
     assert figures.heldout_kl == pytest.approx(0, abs=1e-6) and figures.top1_agreement == 1.0
 
 
 def test_heldout_kl_is_the_full_forward_kl(models: dict, folders: dict[str, Path]) -> None:
-    from megatron_npd.teacher.heldout import evaluate_heldout
+    from megatron_npd.teacher.heldout import HeldoutSet
 
     pairs = pairs_of(5)
-    figures = evaluate_heldout(models["teacher"], models["student"], pairs, 64)
+    figures = HeldoutSet(models["teacher"], pairs, 64, 0).evaluate(models["student"])
     kls = []
     for prefix, response in pairs:
         log_p, log_q = (hf_logprobs(folders[name], prefix, response).double() for name in ("teacher", "student"))
         kls.append((log_p.exp() * (log_p - log_q)).sum(-1))
     assert figures.heldout_kl == pytest.approx(torch.cat(kls).mean().item(), abs=1e-5)
     assert figures.tokens == sum(len(response) for _, response in pairs)
+
+
+@pytest.mark.parametrize(("room", "kept"), [(1e9, "all"), (6000.0, "some"), (0, "none")])
+def test_teacher_reads_the_heldout_set_once(
+    models: dict, monkeypatch: pytest.MonkeyPatch, room: float, kept: str
+) -> None:
+    """What is kept of its pass gives the very figures of a pass made anew; what has no room is read again."""
+    from megatron_npd.teacher.heldout import HeldoutSet
+
+    teacher, student, pairs = models["teacher"], models["student"], pairs_of(9)
+    passes, hidden = [], type(teacher).hidden
+
+    def count(model: object, group: list) -> torch.Tensor:
+        passes.append(model)
+        return hidden(model, group)
+
+    monkeypatch.setattr(type(teacher), "hidden", count)
+    heldout = HeldoutSet(teacher, pairs, 64, room)
+    figures = [heldout.evaluate(student) for _ in range(3)]
+    assert figures[0] == figures[1] == figures[2], "bit for bit"
+    assert figures[0] == HeldoutSet(teacher, pairs, 64, 0).evaluate(student)
+    assert {0: "none", len(heldout): "all"}.get(heldout.kept_packs, "some") == kept
+    by_teacher = sum(model is teacher for model in passes) - len(heldout)  # the comparison's own
+    assert by_teacher == len(heldout) + 2 * (len(heldout) - heldout.kept_packs)
 
 
 def test_unconditional_prefix(tmp_path: Path) -> None:

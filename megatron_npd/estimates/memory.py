@@ -54,7 +54,8 @@ class RoleMemory:
 
 
 def element_bytes(config: Config) -> int:
-    """Bytes of a number in the compute dtype."""
+    """Bytes of a number in the compute dtype, which must be decided."""
+    assert config.models.dtype != "auto", "a configuration as it is in a run directory, or after `decide_dtype`"
     return 2 if config.models.dtype == "bfloat16" else 4
 
 
@@ -175,7 +176,9 @@ def _publication(training: TrainingConfig, dims: ModelDims, size: int) -> Term:
     )  # fmt: skip
 
 
-def annotator_memory(config: Config, teacher: ModelDims, student: ModelDims, device: Device) -> RoleMemory:
+def annotator_memory(
+    config: Config, teacher: ModelDims, student: ModelDims, device: Device, heldout_prompts: int = 0
+) -> RoleMemory:
     """One annotator rank: teacher and student snapshot side by side, forward passes only. At its fullest it scores
     responses without their prompts, every position a row of logits; or evaluates, with the logits of both models."""
     size, tensor = element_bytes(config), config.annotator.tensor_model_parallel_size
@@ -183,11 +186,20 @@ def annotator_memory(config: Config, teacher: ModelDims, student: ModelDims, dev
     for name, dims in (("teacher", teacher), ("student", student)):
         parameters = stage_parameters(dims, tensor)
         terms.append(Term(name, f"{size} bytes × {parameters:,} parameters", size * parameters))
+    if device == "cpu":  # on a GPU's host it lies in the host's memory
+        terms.append(_heldout_states(config, teacher, size, heldout_prompts))
     tokens = config.annotator.pack_length
     activations = _forward_activations(teacher, tensor, size, tokens)
     scoring, evaluating = _scoring_logits(config, teacher, size), _evaluation_logits(config, teacher, size)
     fullest = max([[scoring], evaluating], key=lambda logits: sum(term.bytes for term in logits))
     return RoleMemory("annotator", device, [*terms, *_with_holes(device, [activations, *fullest])])
+
+
+def _heldout_states(config: Config, teacher: ModelDims, size: int, prompts: int) -> Term:
+    """What the annotator keeps of the teacher's pass over the held-out set (`teacher.heldout`), at most."""
+    tokens, hidden = prompts * config.rollout.max_new_tokens, teacher.hidden_size
+    most = min(size * tokens * hidden, int(config.annotator.heldout_cache_gib * 2**30))
+    return Term("held-out hidden states", f"at most {size} bytes × {tokens:,} tokens × {hidden:,}", most)
 
 
 def _forward_activations(dims: ModelDims, tensor: int, size: int, tokens: int) -> Term:

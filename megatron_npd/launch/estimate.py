@@ -29,7 +29,7 @@ def estimate(config: Config, inputs: Inputs, rates_from: Path | None) -> Iterato
     """
     rates = read_rates(rates_from) if rates_from else None
     plan = make_plan(config, len(inputs.train.names), len(inputs.heldout.names))
-    yield from _memory(config, inputs.teacher.dims, inputs.student.dims)
+    yield from _memory(config, inputs)
     yield from _disk(config, plan, inputs.student.dims, rates)
     yield from _time(config, plan, rates, rates_from)
 
@@ -41,11 +41,13 @@ def device_of(config: Config) -> Device:
     return "gpu" if Path("/dev/nvidiactl").exists() else "cpu"
 
 
-def role_memories(config: Config, teacher: ModelDims, student: ModelDims, device: Device) -> list[RoleMemory]:
+def role_memories(
+    config: Config, teacher: ModelDims, student: ModelDims, device: Device, heldout_prompts: int = 0
+) -> list[RoleMemory]:
     """One process of each role."""
     return [
         trainer_memory(config, student, device),
-        annotator_memory(config, teacher, student, device),
+        annotator_memory(config, teacher, student, device, heldout_prompts),
         rollout_memory(config, teacher, device, refreshed=False),
         rollout_memory(config, student, device),
     ]
@@ -59,11 +61,12 @@ def workers_of(config: Config) -> Workers:
     return Workers(replicas, 1, 1, teacher_sidecars=1, turns=takes_turns(config))
 
 
-def _memory(config: Config, teacher: ModelDims, student: ModelDims) -> Iterator[str]:
+def _memory(config: Config, inputs: Inputs) -> Iterator[str]:
     device = device_of(config)
     where = "a CPU" if device == "cpu" else "a GPU, beside what CUDA and NCCL take"
     yield f"memory of one process of each role on {where}:"
-    for memory in role_memories(config, teacher, student, device):
+    dims = inputs.teacher.dims, inputs.student.dims
+    for memory in role_memories(config, *dims, device, len(inputs.heldout.names)):
         limit = config.slurm.gpu_memory_gib
         too_much = device == "gpu" and memory.bytes > limit * 2**30
         excess = f"   MORE THAN slurm.gpu_memory_gib = {limit:g}" if too_much else ""

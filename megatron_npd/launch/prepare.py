@@ -1,7 +1,8 @@
 """From a configuration to a prepared run directory, and from a prepared directory back to its configuration.
 
 `config.toml` is written last, so a directory that holds it is complete. A run directory belongs to one configuration
-digest; whatever else changes (`launch`, the place of the directory) may change between starts.
+digest; whatever else changes (`launch`, the place of the directory) may change between starts. What a configuration
+leaves open (`models.dtype = "auto"`) is decided here once and kept: the directory may move to another machine.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 from megatron_npd.config import Config, load_config
 from megatron_npd.data.prompts import save_prompt_set
 from megatron_npd.errors import UserError
+from megatron_npd.launch.dtype import decide_dtype
 from megatron_npd.launch.preflight import check_models, preflight
 from megatron_npd.launch.provenance import provenance
 from megatron_npd.run_directory import RunDirectory, write_atomically, write_json
@@ -21,8 +23,10 @@ UNFINISHED = re.compile(r"prompts|provenance\.json|\..+\.tmp")
 """Names an interrupted preparation leaves at the top of a run directory."""
 
 
-def prepare(config: Config) -> RunDirectory:
+def prepare(config: Config, in_cluster: bool = False) -> RunDirectory:
     """Make the run directory of a configuration, or find it made.
+
+    `in_cluster`: the roles will run on the nodes that `[slurm]` describes, not here.
 
     Raises:
         UserError: the inputs do not pass `preflight`, the directory belongs to another configuration, or it holds
@@ -31,9 +35,11 @@ def prepare(config: Config) -> RunDirectory:
     run = RunDirectory(Path(config.run_directory))
     check_directory(run, config)
     if run.config.is_file():
+        config = as_prepared(config)
         check_models(config)
     else:
         inputs = preflight(config)
+        config = decide_dtype(config, in_cluster)
         _create(run.root)
         save_prompt_set(run.prompts("train"), inputs.train.names, inputs.train.token_ids)
         save_prompt_set(run.prompts("heldout"), inputs.heldout.names, inputs.heldout.token_ids)
@@ -63,6 +69,19 @@ def check_directory(run: RunDirectory, config: Config) -> None:
             raise UserError(f"{where}: holds {foreign[0]} but no config.toml; must be empty, new or a run's own folder")
 
 
+def as_prepared(config: Config) -> Config:
+    """The configuration with the dtype of its prepared run directory in place of "auto"; unchanged where there is none.
+
+    Raises:
+        UserError: the run directory's own configuration cannot be read.
+    """
+    prepared = RunDirectory(Path(config.run_directory)).config
+    if not prepared.is_file():
+        return config
+    models = load_config(prepared).models
+    return config.with_dtype(models.dtype, models.dtype_reason) if config.models.dtype in ("auto", models.dtype) else config
+
+
 def open_run(config: Config) -> RunDirectory:
     """The prepared run directory of a configuration, for a role that is started by hand.
 
@@ -77,7 +96,7 @@ def open_run(config: Config) -> RunDirectory:
 
 
 def load_run_config(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Read a configuration, or a run directory's own config.toml, which then means the directory it lies in.
+    """Read a configuration `as_prepared`, or a run directory's own config.toml, which then means the directory it lies in.
 
     So a role can be run against a copy of a run directory, to reproduce a fault without touching the original.
 
@@ -88,7 +107,7 @@ def load_run_config(path: str | Path, overrides: list[str] | None = None) -> Con
     folder = Path(path).resolve().parent
     if Path(path).name == "config.toml" and RunDirectory(folder).provenance.is_file():
         return config.model_copy(update={"run_directory": str(folder)})
-    return config
+    return as_prepared(config)
 
 
 def _create(root: Path) -> None:
@@ -99,7 +118,7 @@ def _create(root: Path) -> None:
 
 
 def _check_same(run: RunDirectory, config: Config) -> None:
-    prepared = load_config(run.config)
+    prepared, config = load_config(run.config), as_prepared(config)
     if prepared.digest == config.digest:
         return
     key, old, new = _differences(prepared.identity, config.identity)[0]

@@ -250,6 +250,8 @@ def _settings(config: Config) -> dict[str, Any]:
     return {
         "teacher": config.models.teacher,
         "student": config.models.student,
+        "dtype": config.models.dtype,
+        "dtype_reason": config.models.dtype_reason,
         "seed": config.seed,
         "warmup_samples_per_prompt": config.warmup.samples_per_prompt,
         "warmup_epochs": config.warmup.epochs,

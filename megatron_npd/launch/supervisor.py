@@ -23,11 +23,12 @@ from megatron_npd.config import Config, LaunchConfig
 from megatron_npd.data.prompts import load_prompt_set
 from megatron_npd.heartbeat import clock_oddity
 from megatron_npd.launch.console import Console
+from megatron_npd.launch.dtype import describe_dtype
 from megatron_npd.launch.exclusive import only_supervisor
 from megatron_npd.launch.guardian import Guardian
 from megatron_npd.launch.journal import START, STOP, SUPERVISOR, Journal
 from megatron_npd.launch.leftovers import remove_dead_signs, remove_unfinished, return_stale_leases
-from megatron_npd.launch.prepare import check_directory, prepare
+from megatron_npd.launch.prepare import as_prepared, check_directory, prepare
 from megatron_npd.launch.processes import Child, stop
 from megatron_npd.launch.progress import Progress
 from megatron_npd.launch.roles import Role, roles_of
@@ -53,6 +54,7 @@ def supervise(config: Config) -> int:
         # Until now another supervisor may have worked here: nothing of its directory was to change, and it may have
         # made the new one for another configuration.
         check_directory(run, config) if is_new else prepare(config)
+        config = as_prepared(config)
         console = Console(run.log(SUPERVISOR))
         status = watch_run(run, config, console, lambda plan: roles_of(config, run, plan, Path(scratch)))
         if status == 0:
@@ -66,6 +68,7 @@ def watch_run(run: RunDirectory, config: Config, console: Console, roles_of_plan
     journal = Journal(run)
     progress = Progress(run, plan, journal)
     console.say(f"run directory {run.root}")
+    console.say(describe_dtype(config))
     _clean_up(run, console)
     journal.record(START, import_seconds=process_seconds())
     status = watch(run, roles_of_plan(plan), console, journal, progress.describe, config.launch)

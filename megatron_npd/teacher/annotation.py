@@ -1,4 +1,9 @@
-"""Turning a rollout shard into a sample shard: four NLLs, Δ-IFD, verdict, and the teacher's top-k of what is kept."""
+"""Turning a rollout shard into a sample shard: four NLLs, Δ-IFD, verdict, and the teacher's top-k of what is kept.
+
+Three of the NLLs take a prefill. The fourth, the student's given the prompt, comes with the shard: it is the mean of
+the logprobs under which the sidecar sampled the response, and the parity probe of every refresh holds these to the
+trainer's. `tools/benchmark_annotation.py` computes it by a prefill as well and shows how far the two are apart.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +27,8 @@ def annotate_shard(
 ) -> tuple[Shard, int]:
     """Score every response with teacher and student, given the prompt and given `prefix` alone, and judge it.
 
+    `shard` holds the student's logprobs given the prompt, at temperature 1.
+
     `student` None: the teacher's own responses (warm-up), where Δ-IFD means nothing; its scores stay NaN and only
     empty, cut, out-of-vocabulary and non-finite responses are rejected. `vocabulary`: ids below it are in both models.
 
@@ -40,7 +47,7 @@ def annotate_shard(
     )
     missing = np.full(count, np.nan)
     teacher_unconditional = teacher.mean_nll(unconditional, length) if student else missing
-    student_conditional = student.mean_nll(conditional, length) if student else missing
+    student_conditional = _behaviour_nll(shard, ~unknown) if student else missing
     student_unconditional = student.mean_nll(unconditional, length) if student else missing
 
     judgement = judge(
@@ -68,7 +75,7 @@ def annotate_shard(
         "verdict": judgement.verdict,
         **_topk_columns(annotations, judgement.verdict == Verdict.KEPT, config.annotator.top_k),
     }
-    passes = [conditional] if student is None else [conditional, unconditional] * 2
+    passes = [conditional] if student is None else [conditional, unconditional, unconditional]
     tokens = sum(len(before) + len(response) - 1 for pairs in passes for before, response in pairs if len(response))
     metadata = {**shard.metadata, "kd_temperature": str(config.training.kd_temperature)}
     return Shard("samples", columns, metadata), tokens
@@ -85,6 +92,16 @@ def _topk_columns(annotations: list[Annotation | None], kept: np.ndarray, k: int
         "topk_logprobs": np.concatenate([row.logprobs for row in rows]).astype(np.float32),
         "tail_mass": np.concatenate([row.tail_mass for row in rows]).astype(np.float32),
     }
+
+
+def _behaviour_nll(shard: Shard, wanted: np.ndarray) -> np.ndarray:
+    """Mean NLL of each response under the policy that sampled it, nats a token, float64 [N]; NaN for an empty one and
+    where `wanted`, bool [N], is False."""
+    nll = np.full(len(shard), np.nan)
+    for row in np.flatnonzero(wanted):
+        if len(logprobs := shard.ragged("behaviour_logprobs", row, "response_offsets")):
+            nll[row] = -float(logprobs.astype(np.float64).mean())
+    return nll
 
 
 def _has_unknown_id(shard: Shard, row: int, vocabulary: int) -> bool:

@@ -37,7 +37,7 @@ from megatron_npd.observe.metrics import Metrics, metrics_file, process_seconds
 from megatron_npd.run_directory import HELDOUT_STAGE, RunDirectory, write_json
 from megatron_npd.schema import TEACHER_VERSION, Verdict
 from megatron_npd.teacher.annotation import annotate_shard
-from megatron_npd.teacher.heldout import evaluate_heldout
+from megatron_npd.teacher.heldout import HeldoutSet
 from megatron_npd.teacher.prefill import PrefillModel
 from megatron_npd.teacher.prefix import unconditional_prefix
 
@@ -91,6 +91,7 @@ class Annotator:
         self.prefix = self._unconditional_prefix()
         self.end_tokens = eos_token_ids(config.models.student)
         self.plan = self._plan()
+        self.heldout: HeldoutSet | None = None
         self.passed_over: set[Task] = set()
         """Tasks another annotator was working on when this one came by; looked at again when nothing else is left."""
         self.metrics = Metrics(metrics_file(self.run, "annotator"), "annotator") if self.parallel.rank == 0 else None
@@ -124,13 +125,13 @@ class Annotator:
 
     def evaluate(self, version: int) -> None:
         """Held-out figures of a published version, into evaluation/."""
-        pairs = self._heldout_pairs()
-        if pairs is None:
+        heldout = self._heldout_set()
+        if heldout is None:
             return
         with doing(f"evaluating version {version}"), self._turn():
             started = time.monotonic()
             self._use_student(version)
-            figures = evaluate_heldout(self.teacher, self.student, pairs, self.config.annotator.pack_length)
+            figures = heldout.evaluate(self.student)
             seconds = time.monotonic() - started
         if self.parallel.rank == 0:
             write_json(self.run.evaluation(version), {"version": version, **asdict(figures)})
@@ -191,6 +192,13 @@ class Annotator:
             self.student.load(folder)
         self.student_version = version
         self._log("refresh", version=version, seconds=time.monotonic() - started)
+
+    def _heldout_set(self) -> HeldoutSet | None:
+        """The held-out set, read once; None if a shard was corrupt."""
+        if self.heldout is None and (pairs := self._heldout_pairs()) is not None:
+            sizes = self.config.annotator
+            self.heldout = HeldoutSet(self.teacher, pairs, sizes.pack_length, sizes.heldout_cache_gib * 2**30)
+        return self.heldout
 
     def _heldout_is_complete(self) -> bool:
         return is_finished(self.run, "rollouts", self.plan.stages[HELDOUT_STAGE])

@@ -68,11 +68,19 @@ class PrefillModel:
         """Take the weights of a checkpoint of the same dimensions."""
         load_hugging_face(named_parameters([self.model]), folder, self.dims, self.parallel)
 
-    @torch.no_grad()
     def logits(self, pairs: list[Pair]) -> Iterator[tuple[slice, torch.Tensor]]:
         """Logits at the positions that predict the pairs' response tokens: (rows, [chunk, V]) of successive chunks."""
+        return self.project(self.hidden(pairs))
+
+    @torch.no_grad()
+    def hidden(self, pairs: list[Pair]) -> torch.Tensor:
+        """Last hidden states at the positions that predict the pairs' response tokens, [N, H]."""
         tokens, cu_seqlens, rows = (torch.from_numpy(x).to(self.parallel.device) for x in lay_out(pairs))
-        hidden_NH = forward_packed(self.model, tokens, cu_seqlens, rows, self.parallel)
+        return forward_packed(self.model, tokens, cu_seqlens, rows, self.parallel)
+
+    @torch.no_grad()
+    def project(self, hidden_NH: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Hidden states to logits: (rows, [chunk, V]) of successive chunks."""
         yield from projected(self.model, hidden_NH, self.chunk_tokens)
 
     def mean_nll(self, pairs: list[Pair], pack_length: int) -> np.ndarray:

@@ -1,0 +1,82 @@
+"""How fast this machine multiplies matrices in float32 and in bfloat16: a fraction of a second, in a child process.
+
+A process of its own, so that whoever asks does not keep torch, or a GPU's context, in memory for the rest of its life.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+
+from megatron_npd.errors import UserError
+
+ROWS, INNER, COLUMNS = 64, 1024, 512
+"""A product small enough for a processor that emulates bfloat16 (1 GFLOP/s was seen), large enough for one that has it."""
+ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class MatrixRates:
+    """What a role of a run would compute on here."""
+
+    device: str
+    """`cpu`, or the name of the GPU."""
+    float32: float | None = None
+    """GFLOP/s of a matrix product; None on a GPU, where it decides nothing."""
+    bfloat16: float | None = None
+    """The same in bfloat16."""
+    has_bfloat16: bool = True
+    """Whether the device can compute in bfloat16 at all; any processor can, if slowly."""
+
+    @property
+    def gain(self) -> float:
+        """How many times as fast as in float32 a processor is in bfloat16."""
+        assert self.float32 and self.bfloat16, "only processors are measured"
+        return self.bfloat16 / self.float32
+
+
+def measure_rates(threads: int) -> MatrixRates:
+    """Ask a child process that uses so many CPU threads.
+
+    Raises:
+        UserError: torch cannot be used in this environment.
+    """
+    # As a role has it (`roles.role_environment`); torch's own default would be every core.
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    command = [sys.executable, "-m", __name__, str(threads)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise UserError(f"models.dtype: matrix products cannot be measured, torch failed: {said[-1]}")
+    return MatrixRates(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def _measure(threads: int) -> MatrixRates:
+    import torch
+
+    if torch.cuda.is_available():
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return MatrixRates(torch.cuda.get_device_name(), has_bfloat16=has_bfloat16)
+    torch.set_num_threads(threads)
+    operands = {
+        dtype: (torch.ones(ROWS, INNER, dtype=dtype), torch.ones(INNER, COLUMNS, dtype=dtype))
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+    seconds: dict[torch.dtype, list[float]] = {dtype: [] for dtype in operands}
+    for _ in range(1 + ROUNDS):  # in turn, so that whatever else the machine does meets both
+        for dtype, (left, right) in operands.items():
+            started = time.perf_counter()
+            torch.mm(left, right)
+            seconds[dtype].append(time.perf_counter() - started)
+    gflop = 2 * ROWS * INNER * COLUMNS / 1e9
+    float32, bfloat16 = (gflop / statistics.median(taken[1:]) for taken in seconds.values())
+    return MatrixRates("cpu", float32, bfloat16)
+
+
+if __name__ == "__main__":
+    print(json.dumps(asdict(_measure(int(sys.argv[1])))))
