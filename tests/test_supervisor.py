@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -295,7 +296,10 @@ def test_ranks_meet_at_a_fresh_place_each_start(inputs: Inputs, tmp_path: Path) 
     config, directory = inputs.config, RunDirectory(inputs.run)
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    trainer, annotator, teacher, student = roles_of(config, directory, make_plan(config, 6, 3), scratch)
+    roles = {role.name: role for role in roles_of(config, directory, make_plan(config, 6, 3), scratch)}
+    trainer, annotator, teacher, student = (
+        roles[name] for name in ("trainer", "annotator", "rollout_teacher", "rollout")
+    )
     first, second = trainer.commands(), trainer.commands()
     assert [command.name for command in first] == ["trainer", "trainer.rank1"]
     assert [command.env["RANK"] for command in first] == ["0", "1"]
@@ -307,6 +311,54 @@ def test_ranks_meet_at_a_fresh_place_each_start(inputs: Inputs, tmp_path: Path) 
     assert teacher.commands()[0].argv[-2:] == ["--policy", "teacher"]
     assert "RANK" not in student.commands()[0].env
     assert not any(role.is_done() for role in (trainer, annotator, teacher, student))
+
+
+@pytest.mark.parametrize(("turns", "warmup"), [("on", 1), ("on", 0), ("off", 1)])
+def test_roles_start_when_there_is_something_to_do(inputs: Inputs, tmp_path: Path, turns: str, warmup: int) -> None:
+    """Where they take turns; and the student's engine when the teacher's has left, on the version it samples from."""
+    inputs.set("launch.turns", turns)
+    inputs.set("warmup.samples_per_prompt", warmup)
+    inputs.set("rollout.samples_per_unit", 3)
+    directory, plan = RunDirectory(inputs.run), make_plan(inputs.config, 6, 3)
+    roles = roles_of(inputs.config, directory, plan, tmp_path)
+
+    def wanted() -> list[str]:
+        return [role.name for role in roles if role.is_wanted()]
+
+    everybody = ["rollout_teacher", "annotator", "trainer", "rollout"]
+    if turns == "off":
+        assert wanted() == everybody
+        return
+    first = "warmup" if warmup else "round_0000"
+    assert wanted() == ["rollout_teacher"] + ([] if warmup else ["trainer"])
+    write_atomically(directory.unit("rollouts", "heldout", 0), b"")
+    directory.version(0).mkdir(parents=True)
+    assert wanted() == ["rollout_teacher"] + ([] if warmup else ["trainer", "rollout"])
+    write_atomically(directory.unit("rollouts", first, 0), b"")
+    assert wanted() == (["rollout_teacher", "annotator"] if warmup else everybody)
+    write_atomically(directory.unit("samples", first, 0), b"")
+    assert wanted() == (["rollout_teacher", "annotator", "trainer"] if warmup else everybody)
+    directory.version(1).mkdir(parents=True)
+    write_atomically(directory.unit("rollouts", first, 1), b"")
+    assert wanted() == everybody
+
+
+def test_first_starts_wait_until_they_are_wanted(tmp_path: Path) -> None:
+    made, seen, done = (tmp_path / name for name in ("made", "seen", "done"))
+    maker = role(tmp_path, "maker", f"import time; time.sleep(1.5); open({str(made)!r}, 'w')", made.exists)
+    code = f"open({str(seen)!r}, 'w').write(str(__import__('os').path.exists({str(made)!r})))\n"
+    user = role(tmp_path, "user", code + f"open({str(done)!r}, 'w')", done.exists)
+    status, output = run(tmp_path, [replace(user, is_wanted=made.exists), maker])
+    assert status == 0 and seen.read_text() == "True"
+    assert output.index("starting maker") < output.index("starting user")
+
+
+def test_a_run_never_stands_still(tmp_path: Path) -> None:
+    """Work is left, and nobody is wanted: the roles are started all the same."""
+    done = tmp_path / "done"
+    stubborn = role(tmp_path, "stubborn", f"open({str(done)!r}, 'w')", done.exists)
+    status, _ = run(tmp_path, [replace(stubborn, is_wanted=lambda: False)])
+    assert status == 0 and done.exists()
 
 
 def test_progress_is_read_from_the_run_directory(inputs: Inputs) -> None:

@@ -104,9 +104,7 @@ def make_config(folders: dict[str, Path], tmp_path: Path) -> Config:
     return load_config(path)
 
 
-def make_rollouts(
-    pairs: list[tuple[np.ndarray, np.ndarray]], reasons: list[FinishReason], sampled_by: Path
-) -> Shard:
+def make_rollouts(pairs: list[tuple[np.ndarray, np.ndarray]], reasons: list[FinishReason], sampled_by: Path) -> Shard:
     """A shard whose behaviour logprobs are those of the checkpoint in `sampled_by`, by Hugging Face."""
     prompt_ids, prompt_offsets = concatenate_ragged([p for p, _ in pairs], "int32")
     response_ids, response_offsets = concatenate_ragged([r for _, r in pairs], "int32")

@@ -79,7 +79,11 @@ def as_prepared(config: Config) -> Config:
     if not prepared.is_file():
         return config
     models = load_config(prepared).models
-    return config.with_dtype(models.dtype, models.dtype_reason) if config.models.dtype in ("auto", models.dtype) else config
+    return (
+        config.with_dtype(models.dtype, models.dtype_reason)
+        if config.models.dtype in ("auto", models.dtype)
+        else config
+    )
 
 
 def open_run(config: Config) -> RunDirectory:

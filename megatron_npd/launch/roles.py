@@ -5,16 +5,18 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_npd.buffer.listing import finished_units, is_finished
 from megatron_npd.buffer.plan import Plan, Stage
 from megatron_npd.buffer.versions import published_versions
+from megatron_npd.buffer.waiting import takes_turns
 from megatron_npd.config import Config
 from megatron_npd.launch.processes import Command
 from megatron_npd.launch.resume_point import resume_point
 from megatron_npd.run_directory import RunDirectory
+from megatron_npd.schema import TEACHER_VERSION
 
 TRAINER, ANNOTATOR = "trainer", "annotator"
 ROLLOUT = {"teacher": "rollout_teacher", "student": "rollout"}
@@ -34,44 +36,103 @@ class Role:
     """How much of its work the run directory holds: a number that grows as the role gets further."""
     kind: str = ""
     """What roles have in common that do the same work, so that a run can do without one of them."""
+    is_wanted: Callable[[], bool] = lambda: True
+    """Asked before its first start: whether there is something for it to do. One that waits takes memory, and its start
+    takes cores from those that work."""
     is_lost: Callable[[], bool] = lambda: False
     """Asked when it has failed: whether it can never work again, because its machine is gone."""
 
 
 def roles_of(config: Config, run: RunDirectory, plan: Plan, scratch: Path) -> list[Role]:
-    """Every role of a run. `scratch`: a folder that lives as long as the processes."""
+    """Every role of a run, in the order in which they get something to do; where they take turns, none starts earlier.
+
+    `scratch`: a folder that lives as long as the processes.
+    """
+    work = Work(run, plan)
 
     def ranks(name: str, world_size: int) -> Callable[[], list[Command]]:
         return lambda: _ranks(name, run, world_size, scratch, role_environment(config, name))
 
-    def is_annotated() -> bool:
-        annotated = all(is_finished(run, "samples", stage) for stage in plan.training_stages)
-        return annotated and run.evaluation(plan.final_version).is_file()
+    def sidecar(policy: str) -> Callable[[], list[Command]]:
+        name, argv = ROLLOUT[policy], [*_npd("rollout", run), "--policy", policy]
+        return lambda: [Command(name, argv, run.log(name), role_environment(config, "rollout"))]
 
-    def annotated() -> int:
-        units = sum(len(finished_units(run, "samples", stage)) for stage in plan.training_stages)
-        return units + sum(run.evaluation(version).is_file() for version in range(plan.final_version + 1))
-
-    def trained() -> int:
-        point = resume_point(run)
-        return len(published_versions(run)) + (point.step if point else 0)
-
-    def rollout(policy: str, stages: list[Stage]) -> Role:
-        name = ROLLOUT[policy]
-        argv = [*_npd("rollout", run), "--policy", policy]
-        return Role(
-            name,
-            lambda: [Command(name, argv, run.log(name), role_environment(config, "rollout"))],
-            lambda: all(is_finished(run, "rollouts", stage) for stage in stages),
-            lambda: sum(len(finished_units(run, "rollouts", stage)) for stage in stages),
-        )
-
-    return [
-        Role(TRAINER, ranks(TRAINER, config.training.world_size), run.student.is_dir, trained),
-        Role(ANNOTATOR, ranks(ANNOTATOR, config.annotator.tensor_model_parallel_size), is_annotated, annotated),
-        rollout("teacher", plan.teacher_stages),
-        rollout("student", plan.round_stages),
+    roles = [
+        Role(
+            ROLLOUT["teacher"],
+            sidecar("teacher"),
+            is_done=lambda: work.is_sampled(plan.teacher_stages),
+            done=lambda: work.sampled(plan.teacher_stages),
+        ),
+        Role(
+            ANNOTATOR,
+            ranks(ANNOTATOR, config.annotator.tensor_model_parallel_size),
+            is_done=work.is_annotated,
+            done=work.annotated,
+            is_wanted=work.wants_annotator,
+        ),
+        Role(
+            TRAINER,
+            ranks(TRAINER, config.training.world_size),
+            is_done=run.student.is_dir,
+            done=work.trained,
+            is_wanted=work.wants_trainer,
+        ),
+        Role(
+            ROLLOUT["student"],
+            sidecar("student"),
+            is_done=lambda: work.is_sampled(plan.round_stages),
+            done=lambda: work.sampled(plan.round_stages),
+            is_wanted=work.wants_student,
+        ),
     ]
+    return roles if takes_turns(config) else [replace(role, is_wanted=lambda: True) for role in roles]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run directory shows of the plan's work: how much of it is done, and who could begin with some."""
+
+    run: RunDirectory
+    plan: Plan
+
+    def is_sampled(self, stages: list[Stage]) -> bool:
+        """Whether every response of these stages is there."""
+        return all(is_finished(self.run, "rollouts", stage) for stage in stages)
+
+    def sampled(self, stages: list[Stage]) -> int:
+        """Units of these stages that are rolled out."""
+        return sum(len(finished_units(self.run, "rollouts", stage)) for stage in stages)
+
+    def is_annotated(self) -> bool:
+        """Whether every sample is judged and the finished student evaluated."""
+        annotated = all(is_finished(self.run, "samples", stage) for stage in self.plan.training_stages)
+        return annotated and self.run.evaluation(self.plan.final_version).is_file()
+
+    def annotated(self) -> int:
+        """Units that are judged, and versions that are evaluated."""
+        units = sum(len(finished_units(self.run, "samples", stage)) for stage in self.plan.training_stages)
+        return units + sum(self.run.evaluation(version).is_file() for version in range(self.plan.final_version + 1))
+
+    def trained(self) -> int:
+        """Versions that are published, and steps that are saved."""
+        point = resume_point(self.run)
+        return len(published_versions(self.run)) + (point.step if point else 0)
+
+    def wants_annotator(self) -> bool:
+        """Whether there is a unit to judge."""
+        return bool(finished_units(self.run, "rollouts", self.plan.training_stages[0]))
+
+    def wants_trainer(self) -> bool:
+        """Whether samples begin to come, or there is no warm-up: then all begins with the version it publishes."""
+        first = self.plan.training_stages[0]
+        return first.version != TEACHER_VERSION or bool(finished_units(self.run, "samples", first))
+
+    def wants_student(self) -> bool:
+        """Whether the teacher's engine has left, so that there is one at a time, and the version is there that the next
+        round is sampled from."""
+        left = [stage for stage in self.plan.round_stages if not is_finished(self.run, "rollouts", stage)]
+        return self.is_sampled(self.plan.teacher_stages) and (not left or self.run.version(left[0].version).is_dir())
 
 
 def role_environment(config: Config, role: str) -> dict[str, str]:

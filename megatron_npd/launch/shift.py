@@ -22,6 +22,8 @@ from megatron_npd.run_directory import RunDirectory
 
 LOOK_SECONDS = 5.0
 """How often is looked whether a role that has left is needed again, and whether one hangs."""
+SOON_SECONDS = 0.5
+"""How often is looked whether a role that has not been started yet is wanted by now."""
 MAX_RETURNS = 4
 """Work comes back rarely (a corrupt shard); a role that keeps leaving its work undone must not loop."""
 LOG_LINES = 15
@@ -44,7 +46,7 @@ class Shift:
         self._launch, self._guardian, self._hurry = launch, guardian, hurry
         self._crews = [Crew(role, guardian.environment) for role in roles]
         self._hangs = HangWatch(run, launch.hang_seconds)
-        self._next_look = 0.0
+        self._next_look = self._next_start = 0.0
 
     @property
     def running(self) -> list[Child]:
@@ -64,18 +66,26 @@ class Shift:
                 return status
         all_left = all(crew.has_left for crew in self._crews)
         if not all_left and time.monotonic() < self._next_look:
-            return None
+            return None if self._all_started or time.monotonic() < self._next_start else self._start_what_is_needed()
         self._next_look = time.monotonic() + LOOK_SECONDS
         self._guardian.keep()
         with contextlib.suppress(OSError):
             return_stale_leases(self._run)
             self._kill_what_hangs()
-        return self._start_what_is_needed(all_left)
+        return self._start_what_is_needed()
 
-    def _start_what_is_needed(self, all_left: bool) -> int | None:
+    @property
+    def _all_started(self) -> bool:
+        """Whether no role is left that waits for its first start."""
+        return all(crew.starts for crew in self._crews)
+
+    def _start_what_is_needed(self) -> int | None:
+        self._next_start = time.monotonic() + SOON_SECONDS
+        all_left = all(crew.has_left for crew in self._crews)
         try:
             idle = [crew for crew in self._crews if crew.has_left and not crew.given_up]
             needed = [crew for crew in idle if not crew.role.is_done()]
+            wanted = [crew for crew in needed if crew.starts or crew.role.is_wanted()]
         except OSError as error:
             if storage_reason(error) is None:
                 raise
@@ -83,7 +93,8 @@ class Shift:
             return None
         if all_left and not needed:
             return 0
-        for crew in needed:
+        # With work left, somebody must be there: whatever the directory looks like, the run does not stand still.
+        for crew in wanted or (needed if all_left else []):
             if crew.starts and crew.note_return() >= MAX_RETURNS:
                 self._console.say(f"{crew.role.name} left its work undone {MAX_RETURNS} times, with status 0")
                 return 1
