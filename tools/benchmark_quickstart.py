@@ -217,6 +217,7 @@ def machine(config: Config) -> dict[str, Any]:
         "cpu": processor(info),
         "extensions": [flag for flag in EXTENSIONS if re.search(rf"^(flags|Features)\s*:.*\b{flag}\b", info, re.M)],
         "cores": len(os.sched_getaffinity(0)),
+        "load": os.getloadavg()[0],  # of the last minute: before the products
         "hostname": platform.node(),
         "matrix_product": list(PRODUCT),
         "gflops": {str(n): _products_in_a_child(n, environments[n]) for n in sorted(environments)},
@@ -229,8 +230,8 @@ def processor(cpuinfo: str) -> str:
     return found.group(1).strip() if found else platform.machine()
 
 
-def matrix_products(threads: int) -> dict[str, float]:
-    """GFLOP/s of PRODUCT by dtype: median of REPEATS after a warm-up, in this process."""
+def matrix_products(threads: int) -> dict[str, dict[str, float]]:
+    """GFLOP/s of PRODUCT by dtype: median and best of REPEATS after a warm-up, in this process."""
     import torch
 
     torch.set_num_threads(threads)
@@ -243,7 +244,11 @@ def matrix_products(threads: int) -> dict[str, float]:
             started = time.perf_counter()
             a @ b
             seconds.append(time.perf_counter() - started)
-        rates[str(dtype).removeprefix("torch.")] = 2e-9 * rows * inner * columns / statistics.median(seconds[3:])
+        work, counted = 2e-9 * rows * inner * columns, seconds[3:]
+        rates[str(dtype).removeprefix("torch.")] = {
+            "median": work / statistics.median(counted),
+            "best": work / min(counted),
+        }
     return rates
 
 
@@ -289,12 +294,12 @@ def _machine_lines(report: dict[str, Any]) -> list[str]:
     packages = there.get("packages") or {}
     versions = ", ".join(f"{name} {packages[name]}" for name in ("torch", "megatron-core") if name in packages)
     lines = [
-        f"{here['cpu']}, {here['cores']} cores, {' '.join(here['extensions'])}",
+        f"{here['cpu']}, {here['cores']} cores, {' '.join(here['extensions'])}; load {here['load']:.1f} now",
         f"run {report['run']}: {report['dtype']}, {versions or 'versions unknown'}, "
         f"commit {(there.get('git_commit') or 'unknown')[:12]}",
     ]
     for threads, rates in here["gflops"].items():
-        speeds = ", ".join(f"{dtype} {rate:.0f}" for dtype, rate in rates.items())
+        speeds = ", ".join(f"{dtype} {rate['median']:.0f} (best {rate['best']:.0f})" for dtype, rate in rates.items())
         rows, inner, columns = here["matrix_product"]
         lines.append(f"product [{rows},{inner}]x[{inner},{columns}] at threads = {threads}, GFLOP/s: {speeds}")
     if clock:
@@ -356,7 +361,7 @@ def _percent(share: float | None) -> str:
     return "an unknown share" if share is None else f"{share:.1%}"
 
 
-def _products_in_a_child(threads: int, environment: dict[str, str]) -> dict[str, float]:
+def _products_in_a_child(threads: int, environment: dict[str, str]) -> dict[str, dict[str, float]]:
     """`matrix_products` in a process of its own: OpenMP's settings are read when torch is imported."""
     command = [sys.executable, __file__, "--matrix-products", str(threads)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | environment)
