@@ -62,7 +62,7 @@ def _run(arguments: Arguments) -> int:
 
 def _check(arguments: Arguments) -> None:
     from megatron_npd.launch.dtype import decide_dtype, describe_dtype
-    from megatron_npd.launch.estimate import estimate
+    from megatron_npd.launch.estimate import estimate, names_slurm
     from megatron_npd.launch.preflight import preflight
     from megatron_npd.launch.prepare import check_directory
     from megatron_npd.run_directory import RunDirectory
@@ -71,7 +71,7 @@ def _check(arguments: Arguments) -> None:
     check_directory(RunDirectory(Path(config.run_directory)), config)
     inputs = preflight(config, with_weights=not arguments.without_weights)
     if not config.models.dtype_reason:  # else decided when the run was prepared
-        config = decide_dtype(config, in_cluster=bool(config.slurm.model_fields_set))
+        config = decide_dtype(config, in_cluster=names_slurm(config))
     for checkpoint in (inputs.teacher, inputs.student):
         dims = checkpoint.dims
         print(

@@ -12,6 +12,7 @@ from conftest import Inputs
 from test_simulation import rates
 
 from megatron_npd.cli import main
+from megatron_npd.config import load_config
 from megatron_npd.launch.estimate import device_of, workers_of
 
 Check = Callable[..., tuple[int, str]]
@@ -98,6 +99,19 @@ def test_a_slurm_table_says_what_the_roles_compute_on(inputs: Inputs) -> None:
     assert (workers_of(inputs.config).sidecars, workers_of(inputs.config).teacher_sidecars) == (3, 0)
     inputs.set("slurm.gpus_per_node", 0)
     assert device_of(inputs.config) == "cpu"
+
+
+def test_a_runs_own_configuration_is_estimated_like_the_one_it_was_made_from(inputs: Inputs, tmp_path: Path) -> None:
+    """It has every default of `[slurm]` written out, which once made a cluster of this machine: no turns, and GPUs."""
+    inputs.set("launch", {"turns": "auto"})
+    for slurm in (None, {"sidecars": 2}):
+        if slurm:
+            inputs.set("slurm", slurm)
+        (tmp_path / "resolved.toml").write_text(inputs.config.to_toml())
+        resolved = load_config(tmp_path / "resolved.toml")
+        assert workers_of(resolved) == workers_of(inputs.config)
+        assert device_of(resolved) == device_of(inputs.config)
+    assert workers_of(resolved).sidecars == 2
 
 
 def test_a_cluster_is_planned_in_a_table_and_a_plot(plan_cluster: Check, inputs: Inputs, tmp_path: Path) -> None:

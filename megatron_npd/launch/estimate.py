@@ -17,6 +17,7 @@ from megatron_npd.estimates.workload import workload
 from megatron_npd.hf_config import ModelDims
 from megatron_npd.launch.preflight import Inputs
 from megatron_npd.observe.durations import duration
+from megatron_npd.slurm_config import SlurmConfig
 
 
 def estimate(config: Config, inputs: Inputs, rates_from: Path | None) -> Iterator[str]:
@@ -36,9 +37,17 @@ def estimate(config: Config, inputs: Inputs, rates_from: Path | None) -> Iterato
 
 def device_of(config: Config) -> Device:
     """What the roles will compute on: a `[slurm]` table says whether its nodes have GPUs; without one, this machine."""
-    if config.slurm.model_fields_set:
+    if names_slurm(config):
         return "gpu" if config.slurm.gpus_per_node else "cpu"
     return "gpu" if Path("/dev/nvidiactl").exists() else "cpu"
+
+
+def names_slurm(config: Config) -> bool:
+    """Whether its file has a `[slurm]` table. A run's own config.toml always has one, where every default is written
+    out: if nothing else is in it, nobody wrote it."""
+    slurm = config.slurm
+    is_written_out = slurm.model_fields_set == set(SlurmConfig.model_fields) and slurm == SlurmConfig()
+    return bool(slurm.model_fields_set) and not is_written_out
 
 
 def role_memories(
@@ -56,7 +65,7 @@ def role_memories(
 def workers_of(config: Config) -> Workers:
     """How many workers of each role the configuration asks for: under Slurm, or on this one machine."""
     replicas = config.training.data_parallel_size
-    if config.slurm.model_fields_set:
+    if names_slurm(config):
         return Workers(replicas, config.slurm.annotators, config.slurm.sidecars, turns=config.launch.turns == "on")
     return Workers(replicas, 1, 1, teacher_sidecars=1, turns=takes_turns(config))
 
@@ -95,7 +104,7 @@ def _time(config: Config, plan: Plan, rates: Rates | None, rates_from: Path | No
     timeline = simulate(work, rates, workers)
     yield f"time, at the rates of {rates_from}: {duration(timeline.seconds)}"
     yield from _shares(timeline)
-    if not config.slurm.model_fields_set:
+    if not names_slurm(config):
         return
     sizes = Sizes.of(config)
     gpus = sizes.gpus(workers)
