@@ -26,9 +26,9 @@ class ModelsConfig(Section):
     student: str
     """Hugging Face checkpoint folder the student starts from."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Compute and publishing dtype of every role; main weights and optimizer state are float32 always. auto: bfloat16 on
-    a GPU and on a processor whose matrix products are faster in it, else float32. Measured when the run is prepared;
-    the run keeps what was decided then."""
+    """Compute and publishing dtype of every role; main weights and optimizer state are float32 always. auto: bfloat16
+    on a GPU and on a processor whose matrix products are faster in it, else float32. Measured when the run is
+    prepared; the run keeps what was decided then."""
     dtype_reason: str = ""
     """Why `dtype` is what it is. Written into the run directory's config.toml; nothing to set."""
     trust_remote_code: bool = False

@@ -81,7 +81,7 @@ def test_processor_without_bfloat16_gets_float32(inputs: Inputs, monkeypatch: py
 def test_torch_that_fails_is_one_line(inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "torch.py").write_text("raise OSError('libtorch.so: cannot open shared object file')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with pytest.raises(UserError, match="models.dtype: .*: OSError: libtorch.so: cannot open shared object file"):
+    with pytest.raises(UserError, match=r"models.dtype: .*: OSError: libtorch.so: cannot open shared object file"):
         measure_rates(threads=1)
 
 

@@ -4,9 +4,10 @@
     python tools/benchmark_annotation.py RUN [--threads 2] [--json FILE]
 
 Of the four NLLs behind a verdict the annotator prefills three; the student's given the prompt is the mean of the
-logprobs the sidecar sampled under. Here that one is prefilled as well, by the very version that sampled, and every
-verdict that rests on Δ-IFD is passed again with it. A verdict may differ only where Δ-IFD lies nearer to a border (0 or
-τ) than the two engines' Δ-IFD lie to each other.
+logprobs the sidecar sampled under. Here that one is prefilled as well, by the very version that sampled: in the run's
+dtype, as a fourth pass would, and in float64. Every verdict that rests on Δ-IFD is passed again with the fourth pass.
+Rounding is how far that pass itself takes a Δ-IFD from float64, at most; a verdict that differs must lie nearer to a
+border, 0 or τ, than that.
 
 RUN is a finished run whose rounds, rollouts and versions are still on disk; nothing in it is changed. Exit status: 0;
 1 a verdict differs for another reason than rounding; 2 bad input, with one line on stderr.
@@ -80,34 +81,50 @@ def measure(root: Path, threads: int) -> dict[str, Any]:
         raise UserError(f"{root}: no sample of a round in it; must be a run whose shards were not collected")
     torch.set_num_threads(threads)
     parallel, dtype = initialize(), getattr(torch, config.models.dtype)
-    teacher, student = (
-        PrefillModel(folder, parallel, dtype, "reference", _vocabulary(config), config.training.logits_chunk_tokens)
-        for folder in (config.models.teacher, config.models.student)
+    teacher, student, exact = (
+        PrefillModel(folder, parallel, kind, "reference", _vocabulary(config), config.training.logits_chunk_tokens)
+        for folder, kind in (
+            (config.models.teacher, dtype),
+            (config.models.student, dtype),
+            (config.models.student, torch.float64),
+        )
     )
-    seconds, deltas, borders = dict.fromkeys(PASSES, 0.0), [], []
-    differ = unexplained = 0
+    seconds, parts = dict.fromkeys(PASSES, 0.0), []
     for version, shard in shards:
-        student.load(run.version(version))
-        prefilled = _time_passes(seconds, config, shard, teacher, student)
+        for model in (student, exact):
+            model.load(run.version(version))
+        fourth = _time_passes(seconds, config, shard, teacher, student)
+        reference = exact.mean_nll(_given(shard), config.annotator.pack_length)
         judged = np.isin(shard["verdict"], BY_DELTA)
-        delta = _delta(shard, config, prefilled)[judged]
-        gap, border = np.abs(delta - shard["delta_ifd"][judged]), _to_border(shard["delta_ifd"][judged], config)
-        changed = _verdicts(delta, config) != shard["verdict"][judged]
-        deltas.append(gap)
-        borders.append(border)
-        differ += int(changed.sum())
-        unexplained += int((changed & (border > gap)).sum())
+        nlls = (shard["nll_student_conditional"], fourth, reference)
+        parts.append(np.stack([_delta(shard, config, nll)[judged] for nll in nlls]))
     shutdown()
-    gaps = np.concatenate(deltas)
+    return {"dtype": config.models.dtype, "samples": sum(len(shard) for _, shard in shards), "seconds": seconds} | (
+        compare(*np.concatenate(parts, axis=1), config.selection.tau)
+    )
+
+
+def compare(three: np.ndarray, four: np.ndarray, exact: np.ndarray, tau: float) -> dict[str, Any]:
+    """What leaving the fourth pass out does to Δ-IFD and to the verdicts.
+
+    Args:
+        three: Δ-IFD as it was judged, float64 [N], of samples that nothing but their Δ-IFD speaks against.
+        four: the same with a fourth pass.
+        exact: the same with that pass in float64.
+    """
+    gaps = {"three_passes": np.abs(three - exact), "four_passes": np.abs(four - exact)}
+    rounding = gaps["four_passes"].max()
+    differ = _verdicts(three, tau) != _verdicts(four, tau)
+    border = np.minimum(np.abs(exact), np.abs(exact - tau))
     return {
-        "dtype": config.models.dtype,
-        "samples": sum(len(shard) for _, shard in shards),
-        "judged_by_delta": len(gaps),
-        "seconds": seconds,
-        "delta_gap": {"median": float(np.median(gaps)), "mean": float(gaps.mean()), "max": float(gaps.max())},
-        "nearer_to_a_border": int((np.concatenate(borders) <= gaps).sum()),
-        "verdicts_that_differ": differ,
-        "unexplained": unexplained,
+        "judged_by_delta": len(three),
+        "from_float64": {
+            name: {"median": float(np.median(gap)), "mean": float(gap.mean()), "max": float(gap.max())}
+            for name, gap in gaps.items()
+        },
+        "within_rounding_of_a_border": int((border <= rounding).sum()),
+        "verdicts_that_differ": int(differ.sum()),
+        "unexplained": int((differ & (border > rounding)).sum()),
     }
 
 
@@ -136,10 +153,8 @@ def _time_passes(
 
     tokenizer = load_tokenizer(Path(config.models.student), trust_remote_code=config.models.trust_remote_code)
     prefix = np.array(unconditional_prefix(tokenizer, config.selection.unconditional_prefix), dtype=np.int32)
-    scored = shard["verdict"] != Verdict.OUT_OF_VOCABULARY
-    responses = [shard.response(row) if scored[row] else np.zeros(0, np.int32) for row in range(len(shard))]
-    given = [(shard.prompt(row), response) for row, response in enumerate(responses)]
-    alone = [(prefix, response) for response in responses]
+    given = _given(shard)
+    alone = [(prefix, response) for _, response in given]
     length, top_k, temperature = config.annotator.pack_length, config.annotator.top_k, config.training.kd_temperature
     work = (
         lambda: teacher.annotate(given, length, top_k, temperature),
@@ -156,35 +171,38 @@ def _time_passes(
     return result
 
 
+def _given(shard: Shard) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(prompt, response) of each sample; the response empty where it cannot be scored."""
+    scored = shard["verdict"] != Verdict.OUT_OF_VOCABULARY
+    return [
+        (shard.prompt(row), shard.response(row) if scored[row] else np.zeros(0, np.int32)) for row in range(len(shard))
+    ]
+
+
 def _delta(shard: Shard, config: Config, student_conditional: np.ndarray) -> np.ndarray:
     form = config.selection.form
     return shard["ifd_teacher"] - ifd(student_conditional, shard["nll_student_unconditional"], form)
 
 
-def _to_border(delta: np.ndarray, config: Config) -> np.ndarray:
-    return np.minimum(np.abs(delta), np.abs(delta - config.selection.tau))
-
-
-def _verdicts(delta: np.ndarray, config: Config) -> np.ndarray:
-    """Of samples that nothing but their Δ-IFD speaks against."""
-    beyond = np.where(delta > config.selection.tau, Verdict.COGNITIVE_DISCONNECT, Verdict.KEPT)
+def _verdicts(delta: np.ndarray, tau: float) -> np.ndarray:
+    beyond = np.where(delta > tau, Verdict.COGNITIVE_DISCONNECT, Verdict.KEPT)
     return np.where(delta < 0, Verdict.DEGENERATE, beyond)
 
 
 def report(figures: dict[str, Any]) -> None:
     """The same as a table for people."""
-    seconds = figures["seconds"]
-    total, gap = sum(seconds.values()), figures["delta_gap"]
+    seconds, gaps = figures["seconds"], figures["from_float64"]
     print(f"{figures['samples']} samples in {figures['dtype']}; seconds of each pass:")
     for name, is_made in PASSES.items():
-        print(f"  {name:<44} {seconds[name]:8.2f} {seconds[name] / total:6.1%}{'' if is_made else '   left out'}")
+        share = seconds[name] / sum(seconds.values())
+        print(f"  {name:<44} {seconds[name]:8.2f} {share:6.1%}{'' if is_made else '   left out'}")
+    print(f"{figures['judged_by_delta']} samples that Δ-IFD decides; how far it is from the student's NLL in float64:")
+    for name, words in (("three_passes", "by the sidecar's logprobs"), ("four_passes", "by a fourth pass")):
+        gap = gaps[name]
+        print(f"  {words:<28} median {gap['median']:.2g}, mean {gap['mean']:.2g}, at most {gap['max']:.2g}")
     print(
-        f"Δ-IFD by the sidecar's logprobs against a prefill: {gap['median']:.2g} apart in the median, {gap['mean']:.2g} "
-        f"on average, {gap['max']:.2g} at most, over {figures['judged_by_delta']} samples that Δ-IFD decides"
-    )
-    print(
-        f"{figures['nearer_to_a_border']} lie nearer to a border than that; {figures['verdicts_that_differ']} verdicts "
-        f"differ, {figures['unexplained']} of them not by rounding"
+        f"{figures['within_rounding_of_a_border']} lie within rounding of a border; "
+        f"{figures['verdicts_that_differ']} verdicts differ, {figures['unexplained']} of them not by rounding"
     )
 
 

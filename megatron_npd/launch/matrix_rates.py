@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from megatron_npd.errors import UserError
 
 ROWS, INNER, COLUMNS = 64, 1024, 512
-"""A product small enough for a processor that emulates bfloat16 (1 GFLOP/s was seen), large enough for one that has it."""
+"""Small enough for a processor that emulates bfloat16 (1 GFLOP/s was seen), large enough for one that has it."""
 ROUNDS = 5
 
 

@@ -100,7 +100,7 @@ def open_run(config: Config) -> RunDirectory:
 
 
 def load_run_config(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Read a configuration `as_prepared`, or a run directory's own config.toml, which then means the directory it lies in.
+    """Read a configuration `as_prepared`, or a run's own config.toml, which then means the directory it lies in.
 
     So a role can be run against a copy of a run directory, to reproduce a fault without touching the original.
 

@@ -34,7 +34,7 @@ class HeldoutSet:
     """The held-out pairs, packed, with what the teacher makes of them."""
 
     def __init__(self, teacher: PrefillModel, pairs: list[Pair], pack_length: int, most_bytes: float):
-        """`most_bytes`: host memory for hidden states; the packs beyond it are read by the teacher for every version."""
+        """`most_bytes`: host memory for hidden states; packs beyond it are read by the teacher for every version."""
         lengths = np.array([len(prefix) + len(response) - 1 for prefix, response in pairs])
         self._teacher = teacher
         self._packs = [[pairs[item] for item in items] for items in pack(lengths, pack_length)]
