@@ -46,14 +46,14 @@ def rates(rollout: float = INSTANT, annotator: float = INSTANT, trainer: float =
     )
 
 
-def work(units: int = 6, steps: int = 4, packs: int = 8, rounds: int = 2, evaluation_tokens: float = 0.0) -> Workload:
+def work(units: int = 6, steps: int = 4, packs: int = 8, rounds: int = 2, heldout_tokens: float = 0.0) -> Workload:
     """One held-out unit, then rounds; every response has 10 tokens, a unit 10 responses, a prefill 1 token each."""
     heldout = StageWork("heldout", TEACHER_VERSION, [1], 0.0, [])
     stages = [
         StageWork(f"round_{index:04d}", index, [10] * units, 1.0, [packs] * steps, steps, index + 1)
         for index in range(rounds)
     ]
-    return Workload([heldout, *stages], rounds, 10.0, evaluation_tokens, 100, packs)
+    return Workload([heldout, *stages], rounds, 10.0, heldout_tokens, 100, packs)
 
 
 def test_training_alone_takes_the_sum_of_its_steps() -> None:
@@ -93,10 +93,10 @@ def test_more_sidecars_divide_the_units() -> None:
 
 
 def test_annotators_evaluate_when_there_is_nothing_to_annotate() -> None:
-    timeline = simulate(work(units=1, rounds=1, evaluation_tokens=7.0), rates(annotator=1.0), Workers())
-    assert timeline.seconds == pytest.approx(10 + 2 * 7)
-    alone = simulate(work(units=1, rounds=1, evaluation_tokens=7.0), rates(annotator=1.0), Workers(annotators=2))
-    assert alone.seconds == pytest.approx(10 + 7), "version 0 is evaluated beside the round"
+    timeline = simulate(work(units=1, rounds=1, heldout_tokens=7.0), rates(annotator=1.0), Workers())
+    assert timeline.seconds == pytest.approx(10 + 3 * 7), "two versions, and once the teacher"
+    alone = simulate(work(units=1, rounds=1, heldout_tokens=7.0), rates(annotator=1.0), Workers(annotators=2))
+    assert alone.seconds == pytest.approx(10 + 2 * 7), "version 0 beside the round, each with its own teacher's pass"
 
 
 def test_a_round_waits_for_its_version_and_the_trainer_for_its_samples() -> None:
@@ -121,10 +121,34 @@ def test_publishing_early_lets_the_roles_overlap() -> None:
 
 def test_with_turns_all_work_adds_up() -> None:
     slow = rates(rollout=100.0, annotator=5.0, trainer=100.0)
-    timeline = simulate(work(evaluation_tokens=3.0), slow, Workers(turns=True, sidecars=2))
+    timeline = simulate(work(heldout_tokens=3.0), slow, Workers(turns=True, sidecars=2))
     assert timeline.seconds == pytest.approx(_everything(timeline))
     spans = sorted((span.begin, span.end) for span in timeline.spans if span.end > span.begin)
     assert all(end <= begin + 1e-9 for (_, end), (begin, _) in itertools.pairwise(spans))
+
+
+def test_with_turns_each_starts_when_there_is_something_to_do() -> None:
+    """The teacher's sidecar; the annotator at the first unit, the trainer at the first samples, the student's sidecar
+    when the version it samples from is there."""
+    base = rates(rollout=100.0, annotator=5.0, trainer=100.0)
+    names = ("trainer", "annotator", "rollout", "rollout_teacher")
+    slow = base.model_copy(
+        update={name: getattr(base, name).model_copy(update={"start_seconds": 1.0}) for name in names}
+    )
+    warmup = StageWork("warmup", TEACHER_VERSION, [10, 10], 1.0, [1], 1, 1)
+    whole = replace(work(units=2, rounds=1), final_version=2)
+    stages = [whole.stages[0], warmup, replace(whole.stages[1], version=1, publishes=2)]
+    timeline = simulate(replace(whole, stages=stages), slow, Workers(turns=True, teacher_sidecars=1))
+    starts = {(span.role, span.worker): span.begin for span in timeline.spans if span.what == "start"}
+    ends = {span.what: span.end for span in timeline.spans if span.what == "warmup" and span.role == TRAINER}
+    first_unit = min(s.end for s in timeline.spans if s.what == "warmup" and s.role == ROLLOUT)
+    first_samples = min(s.end for s in timeline.spans if s.what == "warmup" and s.role == ANNOTATOR)
+    assert starts == {
+        (ROLLOUT, 1): 0.0,
+        (ANNOTATOR, 0): pytest.approx(first_unit),
+        (TRAINER, 0): pytest.approx(first_samples),
+        (ROLLOUT, 0): pytest.approx(ends["warmup"]),
+    }
 
 
 def _everything(timeline: Timeline) -> float:
@@ -190,10 +214,10 @@ def test_the_work_is_that_of_the_plan(config: Config) -> None:
     assert (heldout.units, heldout.packs_of_steps) == ([20], [])
     assert (warmup.units, warmup.publishes, warmup.publish_after) == ([48, 48, 4], 1, len(warmup.packs_of_steps))
     assert warmup.prefilled_tokens == 50.0
-    assert first.prefilled_tokens == 2 * (50 + 10), "both models, with the prompt and without"
+    assert first.prefilled_tokens == 50 + 2 * 10, "the teacher with the prompt, both models without"
     assert (first.version, first.publishes, first.publish_after) == (1, 2, math.ceil(len(first.packs_of_steps) / 2))
     assert (last.publishes, last.publish_after) == (3, len(last.packs_of_steps))
-    assert planned.evaluation_tokens == 2 * 20 * 50
+    assert planned.heldout_tokens == 20 * 50
 
 
 def test_a_starving_trainer_is_given_sidecars(config: Config) -> None:

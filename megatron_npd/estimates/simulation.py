@@ -2,7 +2,8 @@
 
 Sidecars take a stage's units as soon as its policy version is visible; annotators take units as soon as they are rolled
 out, and evaluate versions when there are none; the trainer trains on a stage as soon as all of it is annotated, and
-publishes. With `turns` only one of them computes at a time, as the roles of one small machine do (`launch.turns`).
+publishes. With `turns` only one of them computes at a time, as the roles of one small machine do (`launch.turns`), and
+each starts when there is something for it to do.
 
 Left out: leases that expire, restarts, a buffer that is full, refreshes the near-policy limit asks for, and that units
 of one stage differ in length.
@@ -20,7 +21,7 @@ import simpy
 
 from megatron_npd.estimates.rates import Rates
 from megatron_npd.estimates.workload import StageWork, Workload
-from megatron_npd.run_directory import HELDOUT_STAGE
+from megatron_npd.run_directory import HELDOUT_STAGE, WARMUP_STAGE
 
 TRAINER, ANNOTATOR, ROLLOUT = ROLES = ("trainer", "annotator", "rollout")
 Process = Generator[simpy.Event, Any, Any]
@@ -102,7 +103,8 @@ class _Run:
         self.stages = [
             _Progress(stage, list(stage.units), len(stage.units), self.env.event()) for stage in self.work.stages
         ]
-        self.heldout = self.env.event()
+        self.heldout, self.first_unit, self.first_samples = (self.env.event() for _ in range(3))
+        """The held-out responses are there; the first unit to annotate is; the first one is annotated."""
         self.ready: list[tuple[_Progress, int]] = []
         """Units to annotate: stage, responses."""
         self.versions: list[int] = []
@@ -124,6 +126,8 @@ class _Run:
 
     def _trainer(self) -> Process:
         rates, busy = self.rates.trainer, self._busy
+        if self.turn and any(stage.work.name == WARMUP_STAGE for stage in self.stages):
+            yield self.first_samples
         yield from self._start(TRAINER, 0, rates.start_seconds)
         yield from self._publish(0)
         for stage in self.stages:
@@ -157,8 +161,9 @@ class _Run:
             if not stage.to_roll_out:
                 continue
             if served is None:
-                # Local sidecars load the first version there is while the teacher's responses are being sampled.
-                served = stage.work.version if teachers else 0
+                # Local sidecars load the first version there is while the teacher's responses are being sampled, unless
+                # they would take the cores for that from others.
+                served = stage.work.version if teachers or self.turn else 0
                 yield self.published[served]
                 yield from self._start(ROLLOUT, worker, self.rates.rollout.start_seconds, launch=not teachers)
             if served != stage.work.version:
@@ -179,6 +184,7 @@ class _Run:
             yield from self._busy(ROLLOUT, worker, stage.work.name, seconds)
             if stage.work.name != HELDOUT_STAGE:
                 self.ready.append((stage, responses))
+                _happen(self.first_unit)
             else:
                 stage.to_annotate -= 1
                 if not stage.to_annotate:
@@ -188,6 +194,9 @@ class _Run:
     def _annotator(self, worker: int) -> Process:
         rates = self.rates.annotator
         loaded: int | None = None
+        has_read_heldout = False
+        if self.turn:
+            yield self.first_unit
         yield from self._start(ANNOTATOR, worker, rates.start_seconds)
         while self.evaluated <= self.work.final_version:
             if self.ready:
@@ -197,7 +206,9 @@ class _Run:
                 what = stage.work.name
             elif self.versions and self.heldout.triggered:
                 stage, wanted = None, self.versions.pop(0)
-                seconds = self.work.evaluation_tokens / rates.tokens_per_second
+                passes = 1 if has_read_heldout else 2
+                has_read_heldout = True
+                seconds = passes * self.work.heldout_tokens / rates.tokens_per_second
                 what = f"evaluate {wanted}"
             else:
                 yield self.news
@@ -209,6 +220,7 @@ class _Run:
                 self.evaluated += 1
                 self._tell()  # the last evaluation ends the others
             else:
+                _happen(self.first_samples)
                 stage.to_annotate -= 1
                 if not stage.to_annotate:
                     stage.annotated.succeed()
@@ -232,3 +244,9 @@ class _Run:
     def _tell(self) -> None:
         self.news.succeed()
         self.news = self.env.event()
+
+
+def _happen(event: simpy.Event) -> None:
+    """Let an event happen that may have happened already."""
+    if not event.triggered:
+        event.succeed()

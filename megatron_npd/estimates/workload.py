@@ -45,8 +45,8 @@ class Workload:
     final_version: int
     response_tokens: float
     """Of one response."""
-    evaluation_tokens: float
-    """Tokens prefilled to evaluate one version."""
+    heldout_tokens: float
+    """Tokens of the held-out set: the student prefills them for every version, the teacher once in each annotator."""
     tokens_per_pack: int
     packs_at_once: int
     """Largest number of data-parallel replicas that all have work: packs of a full step."""
@@ -61,7 +61,7 @@ def workload(config: Config, plan: Plan, rates: Rates) -> Workload:
         stages=[_stage(config, plan, rates, stage) for stage in plan.stages.values()],
         final_version=plan.final_version,
         response_tokens=samples.response_tokens,
-        evaluation_tokens=2 * heldout * whole,
+        heldout_tokens=heldout * whole,
         tokens_per_pack=config.training.sequence_length,
         packs_at_once=config.training.global_batch_size,
     )
@@ -81,8 +81,8 @@ def _stage(config: Config, plan: Plan, rates: Rates, stage: Stage) -> StageWork:
         stage.name,
         stage.version,
         units,
-        # A student's response is scored by both models, with the prompt and without.
-        conditional if by_teacher else 2 * (conditional + samples.response_tokens),
+        # A student's response is scored by the teacher with the prompt, and by both models without it.
+        conditional if by_teacher else conditional + 2 * samples.response_tokens,
         steps,
         publishing_step(config, plan, stage, len(steps)),
         stage.publishes,

@@ -137,6 +137,12 @@ class Annotator:
             write_json(self.run.evaluation(version), {"version": version, **asdict(figures)})
             self._log("evaluation", version=version, seconds=seconds, **asdict(figures))
             logger.info("version %d: held-out KL %.4f nats/token", version, figures.heldout_kl)
+            if heldout.kept_packs < len(heldout):
+                logger.info(
+                    "the teacher reads %d of %d held-out packs anew for every version: annotator.heldout_cache_gib = "
+                    "%g holds no more", len(heldout) - heldout.kept_packs, len(heldout),
+                    self.config.annotator.heldout_cache_gib,
+                )  # fmt: skip
         self._look_at_memory()
 
     @contextlib.contextmanager
