@@ -16,6 +16,7 @@ from megatron_npd.buffer.versions import published_versions, verify_version
 from megatron_npd.cli import main
 from megatron_npd.config import load_config
 from megatron_npd.hf_config import read_model_dims
+from megatron_npd.launch.dtype import decide_dtype
 from megatron_npd.launch.estimate import role_memories
 from megatron_npd.launch.slurm_layout import slurm_layout
 from megatron_npd.launch.slurm_script import render
@@ -72,7 +73,7 @@ def test_each_passes_the_check_before_its_weights_are_there(
     for role, terms in MEMORY.items():
         assert all(re.search(rf"^  {role} .*\n(    .*\n)*    {term} .*[0-9]", said, re.MULTILINE) for term in terms)
     assert "disk: at most" in said
-    config = load_config(path)
+    config = decide_dtype(load_config(path), in_cluster=True)
     dims = (read_model_dims(folder) for folder in (config.models.teacher, config.models.student))
     for memory in role_memories(config, *dims, "gpu"):
         assert memory.bytes < 70 * 2**30, f"{memory.role}: must fit on 80 GB beside CUDA and NCCL"

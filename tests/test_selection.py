@@ -118,8 +118,8 @@ def test_precedence() -> None:
         (Verdict.ABORTED, {"finish_reasons": FinishReason.ABORT}, {"finish_reasons": FinishReason.LENGTH}),
         (Verdict.OUT_OF_VOCABULARY, {"out_of_vocabulary": True}, {"out_of_vocabulary": False}),
         (Verdict.EMPTY, {"response_lengths": 0}, {"response_lengths": 3}),
-        (Verdict.NON_FINITE, {"nll_student_conditional": np.nan}, {"nll_student_conditional": 1.0}),
         (Verdict.TRUNCATED, {}, {"finish_reasons": FinishReason.STOP}),
+        (Verdict.NON_FINITE, {"nll_student_conditional": np.nan}, {"nll_student_conditional": 1.0}),
         (Verdict.DEGENERATE, {"nll_teacher_conditional": 0.1}, {"nll_teacher_conditional": 4.0}),
         (Verdict.COGNITIVE_DISCONNECT, {}, {"nll_teacher_conditional": 1.5}),
     ]

@@ -151,11 +151,13 @@ def test_annotation_judges_and_annotates_what_is_kept(models: dict, folders: dic
     write_shard(tmp_path / "samples.safetensors", samples)
     samples = read_shard(tmp_path / "samples.safetensors", "samples")
     assert samples["verdict"][:3].tolist() == [Verdict.EMPTY, Verdict.OUT_OF_VOCABULARY, Verdict.TRUNCATED]
-    assert np.isfinite(samples["delta_ifd"][2:]).all()
-    kept = samples["verdict"] == Verdict.KEPT
-    delta = samples["delta_ifd"][3:]
-    np.testing.assert_array_equal(kept[3:], (delta >= 0) & (delta <= config.selection.tau))
     lengths = np.array([len(response) for _, response in pairs])
+    scored = (np.arange(12) >= 3) & (lengths > 1)
+    for name in ("nll_teacher_conditional", "nll_student_conditional", "delta_ifd"):
+        np.testing.assert_array_equal(np.isfinite(samples[name]), scored, "rejected whatever the score: not scored")
+    kept = samples["verdict"] == Verdict.KEPT
+    delta = samples["delta_ifd"][scored]
+    np.testing.assert_array_equal(kept[scored], (delta >= 0) & (delta <= config.selection.tau))
     np.testing.assert_array_equal(np.diff(samples["topk_offsets"]), np.where(kept, lengths, 0))
     # Numerator and denominator: the same tokens, given the prompt and given the prefix alone.
     for row in (4, 7):
@@ -165,8 +167,8 @@ def test_annotation_judges_and_annotates_what_is_kept(models: dict, folders: dic
                 logprobs = hf_logprobs(folders[name], before, response)
                 nll = -logprobs.gather(1, torch.from_numpy(response.astype(np.int64))[:, None]).mean().item()
                 assert samples[f"nll_{name}_{form}"][row] == pytest.approx(nll, abs=1e-5)
-    scored = [pair for row, pair in enumerate(pairs) if row != 1]
-    once, twice = (sum(len(p) + len(r) - 1 for p, r in scored), sum(len(prefix) + len(r) - 1 for _, r in scored))
+    read = [pair for pair, is_scored in zip(pairs, scored, strict=True) if is_scored]
+    once, twice = (sum(len(p) + len(r) - 1 for p, r in read), sum(len(prefix) + len(r) - 1 for _, r in read))
     assert tokens == once + 2 * twice, "the student given the prompt is not prefilled: the sidecar's logprobs say it"
 
 
@@ -178,7 +180,8 @@ def test_teacher_equal_to_student_gives_zero_delta(models: dict, folders: dict[s
     shard = make_rollouts(pairs, [FinishReason.STOP] * 6, folders["teacher"])
     config = make_config(folders, tmp_path)
     samples, _ = annotate_shard(shard, config, teacher, teacher, np.array([1], np.int32), frozenset({EOS}), VOCAB_SIZE)
-    np.testing.assert_allclose(samples["delta_ifd"], 0, atol=1e-5)
+    scored = samples["verdict"] != Verdict.EMPTY
+    np.testing.assert_allclose(samples["delta_ifd"][scored], 0, atol=1e-5)
     figures = HeldoutSet(teacher, pairs, 64, 0).evaluate(teacher)
     assert figures.heldout_kl == pytest.approx(0, abs=1e-6) and figures.top1_agreement == 1.0
 
@@ -232,3 +235,19 @@ def test_unconditional_prefix(tmp_path: Path) -> None:
     tokenizer.encoder.bos_token = None
     with pytest.raises(UserError, match="has no BOS token"):
         unconditional_prefix(tokenizer, "bos")
+
+
+def test_cut_responses_are_scored_where_that_may_keep_them(
+    models: dict, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    from megatron_npd.teacher.annotation import annotate_shard
+
+    pairs = [(prompt, np.append(response[:-1], [7, 8]).astype(np.int32)) for prompt, response in pairs_of(4)]
+    shard = make_rollouts(pairs, [FinishReason.LENGTH] * 4, folders["student"])
+    config = make_config(folders, tmp_path)
+    keeping = config.model_copy(update={"selection": config.selection.model_copy(update={"reject_truncated": False})})
+    prefix, ends = np.array([1], np.int32), frozenset({EOS})
+    for used, is_scored in ((config, False), (keeping, True)):
+        samples, tokens = annotate_shard(shard, used, models["teacher"], models["student"], prefix, ends, VOCAB_SIZE)
+        assert np.isfinite(samples["delta_ifd"]).all() == is_scored and (tokens > 0) == is_scored
+        assert (samples["verdict"] == Verdict.TRUNCATED).all() != is_scored

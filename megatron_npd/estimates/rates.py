@@ -34,6 +34,11 @@ class SampleRates(Section):
     """Share of the teacher's responses that are kept."""
     kept_tokens: float = Field(gt=0.0)
     """Mean length of a kept prompt and response together, tokens."""
+    prefilled_tokens: float = Field(0.0, ge=0.0)
+    """Tokens the annotators prefill for one of the student's responses, on average over those that are not scored
+    because they are cut; 0: as if all were scored."""
+    warmup_prefilled_tokens: float = Field(0.0, ge=0.0)
+    """The same for one of the teacher's responses."""
 
 
 class LaunchRates(Section):
@@ -148,6 +153,8 @@ def rates_of_run(run: RunDirectory) -> Rates:
             kept_share=_ratio(by_students, "kept", "samples"),
             warmup_kept_share=_ratio(by_teacher, "kept", "samples") if by_teacher else 1.0,
             kept_tokens=_kept_positions(config, steps, units) / kept,
+            prefilled_tokens=_ratio(by_students, "tokens", "samples"),
+            warmup_prefilled_tokens=_ratio(by_teacher, "tokens", "samples") if by_teacher else 0.0,
         ),
         launch=LaunchRates(
             start_seconds=_mean(measured.all("supervisor", "start"), "import_seconds"),

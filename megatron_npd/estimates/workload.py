@@ -82,7 +82,9 @@ def _stage(config: Config, plan: Plan, rates: Rates, stage: Stage) -> StageWork:
         stage.version,
         units,
         # A student's response is scored by the teacher with the prompt, and by both models without it.
-        conditional if by_teacher else conditional + 2 * samples.response_tokens,
+        (samples.warmup_prefilled_tokens or conditional)
+        if by_teacher
+        else (samples.prefilled_tokens or conditional + 2 * samples.response_tokens),
         steps,
         publishing_step(config, plan, stage, len(steps)),
         stage.publishes,

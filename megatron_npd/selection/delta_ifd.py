@@ -10,7 +10,7 @@ For a model m, prompt x and response y, with NLLs that are means over the same r
     0 ≤ Δ ≤ τ       learnable: kept, both ends included
     Δ > τ           cognitive disconnect: beyond the student's reach
 
-τ of one form means nothing in the other. A rejected sample keeps its scores: τ is tuned from them.
+τ of one form means nothing in the other. A sample that τ rejects keeps its scores: τ is tuned from them.
 """
 
 from __future__ import annotations
@@ -87,14 +87,14 @@ def judge(
         ABORTED               finish_reasons is ABORT
         OUT_OF_VOCABULARY     out_of_vocabulary
         EMPTY                 response_lengths is 0
-        NON_FINITE            Δ is NaN or infinite
         TRUNCATED             finish_reasons is LENGTH, and reject_truncated
+        NON_FINITE            Δ is NaN or infinite
         DEGENERATE            Δ < 0
         COGNITIVE_DISCONNECT  Δ > τ
         KEPT
 
-    The first three cannot have been scored at all, so they explain a NaN and come before NON_FINITE; what is left of
-    NON_FINITE is a fault of the numerics, which a truncated response must not hide.
+    The first four need no score, and may have none, so they explain a NaN and come before NON_FINITE; what is left of
+    NON_FINITE is a fault of the numerics.
 
     Args:
         nll_teacher_conditional: NLLs, [N], nats a token, mean over the response tokens; so are the other three.
@@ -133,8 +133,8 @@ def judge(
         (Verdict.ABORTED, finish == FinishReason.ABORT),
         (Verdict.OUT_OF_VOCABULARY, np.asarray(out_of_vocabulary, dtype=bool)),
         (Verdict.EMPTY, np.asarray(response_lengths) <= 0),
-        (Verdict.NON_FINITE, ~scored),
         (Verdict.TRUNCATED, (finish == FinishReason.LENGTH) & reject_truncated),
+        (Verdict.NON_FINITE, ~scored),
     ]
     if by_delta:
         reasons += [(Verdict.DEGENERATE, delta < 0.0), (Verdict.COGNITIVE_DISCONNECT, ~(delta <= tau))]

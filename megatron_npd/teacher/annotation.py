@@ -3,6 +3,9 @@
 Three of the NLLs take a prefill. The fourth, the student's given the prompt, comes with the shard: it is the mean of
 the logprobs under which the sidecar sampled the response, and the parity probe of every refresh holds these to the
 trainer's. `tools/benchmark_annotation.py` computes it by a prefill as well and shows how far the two are apart.
+
+What is rejected whatever its scores would be is not prefilled: a response cut by the length limit is longer than most,
+and a student that rambles has many.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import numpy as np
 
 from megatron_npd.buffer.shards import Shard, concatenate_ragged
 from megatron_npd.config import Config
-from megatron_npd.schema import Verdict
+from megatron_npd.schema import FinishReason, Verdict
 from megatron_npd.selection.delta_ifd import judge
 from megatron_npd.teacher.prefill import Annotation, Pair, PrefillModel
 
@@ -31,14 +34,17 @@ def annotate_shard(
 
     `student` None: the teacher's own responses (warm-up), where Δ-IFD means nothing; its scores stay NaN and only
     empty, cut, out-of-vocabulary and non-finite responses are rejected. `vocabulary`: ids below it are in both models.
+    The scores of a response that is empty, cut (where that rejects it) or not in the vocabulary are NaN.
 
     Returns:
         The sample shard, and the tokens prefilled over all passes.
     """
     length, count = config.annotator.pack_length, len(shard)
     unknown = np.array([_has_unknown_id(shard, row, vocabulary) for row in range(count)], dtype=bool)
-    # A response with an id a model does not have cannot be scored: it is passed as empty, its scores stay NaN.
-    responses = [shard.response(row) if not unknown[row] else np.zeros(0, np.int32) for row in range(count)]
+    content = np.array([_content_length(shard.response(row), end_tokens) for row in range(count)])
+    scored = ~unknown & (content > 0) & _may_be_kept(shard["finish_reason"], config.selection.reject_truncated)
+    # Passed as empty, what is not scored costs nothing.
+    responses = [shard.response(row) if scored[row] else np.zeros(0, np.int32) for row in range(count)]
     conditional: list[Pair] = [(shard.prompt(row), responses[row]) for row in range(count)]
     unconditional: list[Pair] = [(prefix, responses[row]) for row in range(count)]
 
@@ -47,7 +53,7 @@ def annotate_shard(
     )
     missing = np.full(count, np.nan)
     teacher_unconditional = teacher.mean_nll(unconditional, length) if student else missing
-    student_conditional = _behaviour_nll(shard, ~unknown) if student else missing
+    student_conditional = _behaviour_nll(shard, scored) if student else missing
     student_unconditional = student.mean_nll(unconditional, length) if student else missing
 
     judgement = judge(
@@ -55,7 +61,7 @@ def annotate_shard(
         teacher_unconditional,
         student_conditional,
         student_unconditional,
-        np.array([_content_length(shard.response(row), end_tokens) for row in range(count)]),
+        content,
         shard["finish_reason"],
         unknown,
         form=config.selection.form,
@@ -95,13 +101,19 @@ def _topk_columns(annotations: list[Annotation | None], kept: np.ndarray, k: int
 
 
 def _behaviour_nll(shard: Shard, wanted: np.ndarray) -> np.ndarray:
-    """Mean NLL of each response under the policy that sampled it, nats a token, float64 [N]; NaN for an empty one and
-    where `wanted`, bool [N], is False."""
+    """Mean NLL of each response under the policy that sampled it, nats a token, float64 [N]; NaN where `wanted`,
+    bool [N], is False. Those that are wanted are not empty."""
     nll = np.full(len(shard), np.nan)
     for row in np.flatnonzero(wanted):
-        if len(logprobs := shard.ragged("behaviour_logprobs", row, "response_offsets")):
-            nll[row] = -float(logprobs.astype(np.float64).mean())
+        logprobs = shard.ragged("behaviour_logprobs", row, "response_offsets")
+        nll[row] = -float(logprobs.astype(np.float64).mean())
     return nll
+
+
+def _may_be_kept(finish_reason: np.ndarray, reject_truncated: bool) -> np.ndarray:
+    """Whether the way a response ended leaves its verdict to its scores, bool [N]."""
+    is_cut = finish_reason == FinishReason.LENGTH
+    return (finish_reason != FinishReason.ABORT) & ~(is_cut & reject_truncated)
 
 
 def _has_unknown_id(shard: Shard, row: int, vocabulary: int) -> bool:
