@@ -66,7 +66,7 @@ def turn(lock: Path | None) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            with waiting("its turn to compute: the roles of this machine share its cores"):
+            with waiting("its turn to compute"):
                 fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
