@@ -63,6 +63,7 @@ def _run(arguments: Arguments) -> int:
 def _check(arguments: Arguments) -> None:
     from megatron_npd.launch.dtype import decide_dtype, describe_dtype
     from megatron_npd.launch.estimate import estimate, names_slurm
+    from megatron_npd.launch.machine import machine_lines
     from megatron_npd.launch.preflight import preflight
     from megatron_npd.launch.prepare import check_directory
     from megatron_npd.run_directory import RunDirectory
@@ -81,6 +82,8 @@ def _check(arguments: Arguments) -> None:
     print(f"prompts.heldout = {config.prompts.heldout}: {inputs.heldout}")
     print(describe_dtype(config))
     print("\n".join(estimate(config, inputs, Path(arguments.rates) if arguments.rates else None)))
+    for line in machine_lines(config, inputs.teacher.dims, inputs.student.dims):
+        print(line)
     print("ok: nothing was found that would keep this run from starting")
 
 
@@ -185,7 +188,9 @@ def _load(arguments: Arguments) -> Config:
 def _enter_role(arguments: Arguments, role: str) -> Config:
     """The configuration of a role whose run directory is prepared; sets up logging, environment, signals, and the
     process's signs of life, which end with it. `role`: as `npd` calls it."""
-    from megatron_npd import stopping
+    import logging
+
+    from megatron_npd import device, stopping
     from megatron_npd.heartbeat import Heartbeat
     from megatron_npd.launch.logs import configure_logging
     from megatron_npd.launch.prepare import open_run
@@ -198,8 +203,14 @@ def _enter_role(arguments: Arguments, role: str) -> Config:
     if arguments.slurm:
         from megatron_npd.launch.slurm_task import task_environment
 
-        os.environ.update(task_environment(config, role, arguments.slurm, os.environ))
+        of_task = task_environment(config, role, arguments.slurm, os.environ)
+        if device.VISIBLE in of_task and (unfit := device.gpu_obstacle()):
+            raise UserError(f"--slurm {arguments.slurm}: {unfit}")
+        os.environ.update(of_task)
     configure_logging()
+    device.settle()
+    if unused := device.unused_gpus():
+        logging.getLogger(__name__).warning(unused)
     stopping.install()
     if role != "rollout" or arguments.policy != "all":  # which has processes of its own
         name = ROLLOUT[arguments.policy] if role == "rollout" else role

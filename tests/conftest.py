@@ -15,11 +15,13 @@ import pytest
 import tomli_w
 from hypothesis import settings
 
+from megatron_npd import device
 from megatron_npd.config import Config, load_config
 from megatron_npd.parallel import Parallel
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+device.settle()  # before any test asks torch for a GPU
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: a second thread costs more than it does
 # Whoever started the tests in the background had SIGINT ignored, and what the tests start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)

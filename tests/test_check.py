@@ -13,6 +13,7 @@ from test_simulation import rates
 
 from megatron_npd.cli import main
 from megatron_npd.config import load_config
+from megatron_npd.device import device_here
 from megatron_npd.launch.estimate import device_of, workers_of
 
 Check = Callable[..., tuple[int, str]]
@@ -93,7 +94,7 @@ def test_rates_that_are_missing_are_refused(check: Check, tmp_path: Path) -> Non
 
 
 def test_a_slurm_table_says_what_the_roles_compute_on(inputs: Inputs) -> None:
-    assert device_of(inputs.config) == ("gpu" if Path("/dev/nvidiactl").exists() else "cpu")
+    assert device_of(inputs.config) == device_here()
     inputs.set("slurm", {"gpus_per_node": 8, "sidecars": 3})
     assert device_of(inputs.config) == "gpu"
     assert (workers_of(inputs.config).sidecars, workers_of(inputs.config).teacher_sidecars) == (3, 0)

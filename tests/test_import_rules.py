@@ -31,6 +31,8 @@ LEVELS = [
         "activity",
         "heartbeat",
         "stopping",
+        "host",
+        "device",
     ),
     ("data", "buffer", "selection", "observe"),
     ("kernels", "mcore", "rollout", "weights"),

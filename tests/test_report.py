@@ -19,7 +19,7 @@ from megatron_npd.buffer.shards import Shard, concatenate_ragged, write_shard
 from megatron_npd.config import Config
 from megatron_npd.data.prompts import save_prompt_set
 from megatron_npd.errors import UserError
-from megatron_npd.launch.inspect import WIDTH, inspect
+from megatron_npd.launch.inspect import WIDTH, _sample_lines, inspect
 from megatron_npd.launch.summary import collect_scores, summarise, write_report
 from megatron_npd.observe.metrics import Metrics
 from megatron_npd.observe.plots import plot_histogram, plot_scatter
@@ -369,6 +369,14 @@ def test_inspect_prints_what_was_rejected(finished: tuple[RunDirectory, Config])
     assert "  │ What is" in text and "[user]" not in text, "the last user turn, not the whole template"
     assert "policy v1" in text and "Δ-IFD" in text and "KEPT   " not in text
     assert any("by the teacher" in line for line in show(run, rejected=True, stage="warmup", limit=1))
+
+
+def test_inspect_shows_a_long_name_whole(finished: tuple[RunDirectory, Config]) -> None:
+    run, config = finished
+    sample = next(json.loads(line) for line in show(run, as_json=True, limit=1))
+    for name in ("a name of several words " * 8, "one-word" * 20):
+        title, *_ = "\n".join(_sample_lines(sample | {"prompt_name": name.strip()}, config)).split("\n  teacher")
+        assert name.strip() in " ".join(line.strip("─ ") for line in title.splitlines())
 
 
 def test_inspect_spells_out_control_characters(finished: tuple[RunDirectory, Config]) -> None:

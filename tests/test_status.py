@@ -145,7 +145,7 @@ def test_waiting_for_ones_turn_is_waiting(tmp_path: Path) -> None:
         states += [other.stdout.readline().strip()]
     states += [other.stdout.readline().strip()]
     other.wait(10)
-    assert states[0].startswith("waiting its turn") and states[1] == "working starting"
+    assert states[0] == "waiting its turn to compute" and states[1] == "working starting"
 
 
 _TAKE_A_TURN = """

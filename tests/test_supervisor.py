@@ -388,6 +388,8 @@ def test_progress_is_read_from_the_run_directory(inputs: Inputs) -> None:
 def test_the_end_of_a_log(tmp_path: Path) -> None:
     log = tmp_path / "a.log"
     assert tail(log, 3) == []
+    log.write_bytes(b"torn " * 4000 + b"\n" + b"whole\n" * 3)
+    assert tail(log, 9) == ["whole"] * 3, "nothing that begins in the middle of a line"
     log.write_bytes(
         b"x" * 100_000 + b"\nold\n\n10%\r50%\r100%\n2026-01-02 03:04:05 INFO rank 1 waiting for \xff\n[W] noise\n"
     )

@@ -39,6 +39,7 @@ from megatron_npd.data.batch import PackedBatch, TrainingSample, collate
 from megatron_npd.data.cost import CostModel, cost_model
 from megatron_npd.errors import USAGE_STATUS, UserError
 from megatron_npd.hf_config import ModelDims, read_model_dims
+from megatron_npd.host import cores
 from megatron_npd.mcore.acceleration import choose_acceleration
 from megatron_npd.mcore.attention import choose_backend
 from megatron_npd.mcore.model import ModelOptions, build_gpt, named_parameters
@@ -125,7 +126,7 @@ def benchmark(arguments: argparse.Namespace, config: TrainingConfig) -> dict[str
     return {
         "machine": {
             "device": _device_name(device),
-            "cores": len(os.sched_getaffinity(0)),
+            "cores": cores(),
             "cores_used_by_others": _cores_used_by_others(cpu_before),
             "torch": torch.__version__,
             "megatron_core": version("megatron-core"),
@@ -407,7 +408,7 @@ OPTIONS: dict[str, tuple[str, Any, str]] = {
     "logits_chunk_tokens": ("--logits-chunk-tokens", 4096, "rows projected to the vocabulary at a time"),
     "attention_backend": ("--attention-backend", "auto", "auto, te, torch_varlen or reference"),
     "transformer_engine": ("--transformer-engine", "auto", "auto, on or off"),
-    "threads": ("--threads", len(os.sched_getaffinity(0)), "on a CPU"),
+    "threads": ("--threads", cores(), "on a CPU"),
 }
 """Field of `TrainingConfig` -> option, its default, help."""
 

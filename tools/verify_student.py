@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_npd import device
 from megatron_npd.config import Config, load_config
 from megatron_npd.data.batch import lay_out
 from megatron_npd.data.prompts import load_prompt_set
@@ -37,6 +38,7 @@ def main() -> int:
     parser.add_argument("--max-new-tokens", type=int, default=32)
     parser.add_argument("--vllm-answers", type=Path, help=argparse.SUPPRESS)  # the child process that holds vLLM
     arguments = parser.parse_args()
+    device.settle()  # transformers comes before the doors that do so
     try:
         run, config = RunDirectory(arguments.run), load_config(arguments.run / "config.toml")
         if not run.student.is_dir():

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_npd.errors import BadVersionError
+from megatron_npd.host import cores
 from megatron_npd.run_directory import RunDirectory, read_json, write_json
 
 MANIFEST = "version.json"
@@ -152,7 +153,7 @@ def check_content(folder: Path, manifest: VersionManifest, copies: Mapping[str, 
     for file in sorted(folder.glob("*.safetensors")):
         if file.name not in manifest.files:
             raise BadVersionError(f"{file}: not listed in the manifest of version {manifest.version}")
-    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))  # hashing and reading both release the interpreter's lock
+    pool = ThreadPoolExecutor(cores())  # hashing and reading both release the interpreter's lock
     try:
         hashes = {name: pool.submit(_hash, folder / name, copies.get(name)) for name in manifest.files}
         for name, content in hashes.items():

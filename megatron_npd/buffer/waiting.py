@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TypeVar
 
 from megatron_npd.activity import waiting
 from megatron_npd.config import Config
+from megatron_npd.host import cores
 from megatron_npd.run_directory import RunDirectory
 
 T = TypeVar("T")
@@ -66,7 +66,7 @@ def turn(lock: Path | None) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            with waiting("its turn to compute: the roles of this machine share its cores"):
+            with waiting("its turn to compute"):
                 fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -83,5 +83,5 @@ def takes_turns(config: Config) -> bool:
         + config.annotator.threads * config.annotator.tensor_model_parallel_size
         + config.training.threads * config.training.world_size
     )
-    crowded = wanted > (os.cpu_count() or 1)
+    crowded = wanted > cores()
     return config.launch.turns == "on" or (config.launch.turns == "auto" and crowded)

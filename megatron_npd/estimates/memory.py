@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from megatron_npd.config import Config, TrainingConfig
+from megatron_npd.device import Device
 from megatron_npd.estimates.parameters import Widths, stage_parameters
 from megatron_npd.hf_config import ModelDims
 
-Device = Literal["cpu", "gpu"]
 MIB = 2**20
 PROCESS_BYTES = {"trainer": 248 * MIB, "annotator": 276 * MIB, "rollout": 420 * MIB}
 """On a CPU, of a process with a model of no size: Python, torch 2.13, Megatron-Core 0.16.1, vLLM 0.24; measured. On a

@@ -8,10 +8,13 @@ from __future__ import annotations
 import contextlib
 import shutil
 import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import TextIO
 
+PART = " | "
+"""Between the parts of a progress line."""
 LIVE_SECONDS, PLAIN_SECONDS = 0.5, 10.0
 _ERASE_LINE = "\r\x1b[K"
 
@@ -43,11 +46,14 @@ class Console:
         return time.monotonic() >= self._next
 
     def progress(self, text: str) -> None:
-        """Show the state of things: in place on a terminal, else as a line whenever it changed."""
+        """Show the state of things: in place on a terminal, as far as it is wide; else whole, whenever it changed.
+
+        `text`: parts with `PART` between them, the most important first.
+        """
         self._next = time.monotonic() + (LIVE_SECONDS if self._live else PLAIN_SECONDS)
         if self._live:
             width = shutil.get_terminal_size().columns - 1
-            self._print(_ERASE_LINE + f"npd: {text}"[:width])
+            self._print(_ERASE_LINE + fitted(f"npd: {text}", width))
         elif text != self._shown:
             self.say(text)
         self._shown = text
@@ -61,3 +67,15 @@ class Console:
         with contextlib.suppress(OSError):
             self._stream.write(text)
             self._stream.flush()
+
+
+def fitted(text: str, width: int) -> str:
+    """As many whole parts of a line as fit, the first ones; if none does, whole words of the first. `…` is the rest."""
+    if len(text) <= width:
+        return text
+    parts = text.split(PART)
+    for count in range(len(parts) - 1, 0, -1):
+        shorter = PART.join([*parts[:count], "…"])
+        if len(shorter) <= width:
+            return shorter
+    return textwrap.shorten(parts[0], width, placeholder=" …") if width > 1 else ""

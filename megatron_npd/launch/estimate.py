@@ -8,9 +8,10 @@ from pathlib import Path
 from megatron_npd.buffer.plan import Plan, make_plan
 from megatron_npd.buffer.waiting import takes_turns
 from megatron_npd.config import Config
+from megatron_npd.device import Device, device_here
 from megatron_npd.estimates.disk import disk_estimate
 from megatron_npd.estimates.division import Sizes, best_division
-from megatron_npd.estimates.memory import Device, RoleMemory, annotator_memory, rollout_memory, trainer_memory
+from megatron_npd.estimates.memory import RoleMemory, annotator_memory, rollout_memory, trainer_memory
 from megatron_npd.estimates.rates import Rates, read_rates
 from megatron_npd.estimates.simulation import ROLES, Timeline, Workers, simulate
 from megatron_npd.estimates.workload import workload
@@ -39,7 +40,7 @@ def device_of(config: Config) -> Device:
     """What the roles will compute on: a `[slurm]` table says whether its nodes have GPUs; without one, this machine."""
     if names_slurm(config):
         return "gpu" if config.slurm.gpus_per_node else "cpu"
-    return "gpu" if Path("/dev/nvidiactl").exists() else "cpu"
+    return device_here()
 
 
 def names_slurm(config: Config) -> bool:
@@ -79,21 +80,21 @@ def _memory(config: Config, inputs: Inputs) -> Iterator[str]:
         limit = config.slurm.gpu_memory_gib
         too_much = device == "gpu" and memory.bytes > limit * 2**30
         excess = f"   MORE THAN slurm.gpu_memory_gib = {limit:g}" if too_much else ""
-        yield f"  {memory.role:<30} {_size(memory.bytes):>10}{excess}"
+        yield f"  {memory.role:<30} {size_text(memory.bytes):>10}{excess}"
         for term in memory.terms:
-            yield f"    {term.name:<28} {_size(term.bytes):>10}   {term.formula}"
+            yield f"    {term.name:<28} {size_text(term.bytes):>10}   {term.formula}"
 
 
 def _disk(config: Config, plan: Plan, student: ModelDims, rates: Rates | None) -> Iterator[str]:
     disk = disk_estimate(config, plan, student, rates.samples if rates else None)
-    yield f"disk: {'' if rates else 'at most '}{_size(disk.bytes)}"
+    yield f"disk: {'' if rates else 'at most '}{size_text(disk.bytes)}"
     for name, nbytes, what in (
         ("rollouts", disk.rollouts, ""),
         ("samples", disk.samples, f"with the teacher's top {config.annotator.top_k}"),
         ("weights", disk.versions, f"{plan.final_version + 1} versions"),
         ("checkpoints", disk.checkpoints, f"{config.training.keep_checkpoints} kept, and one being written"),
     ):
-        yield f"    {name:<28} {_size(nbytes):>10}   {what}".rstrip()
+        yield f"    {name:<28} {size_text(nbytes):>10}   {what}".rstrip()
 
 
 def _time(config: Config, plan: Plan, rates: Rates | None, rates_from: Path | None) -> Iterator[str]:
@@ -127,7 +128,8 @@ def _shares(timeline: Timeline) -> Iterator[str]:
         )
 
 
-def _size(nbytes: float) -> str:
+def size_text(nbytes: float) -> str:
+    """Bytes for people, e.g. `6.2 GiB`."""
     for unit, scale in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20)):
         if nbytes >= scale:
             return f"{nbytes / scale:.1f} {unit}"

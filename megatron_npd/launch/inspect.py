@@ -186,13 +186,14 @@ def _as_text(samples: Iterator[dict[str, Any]], config: Config) -> Iterator[str]
 
 
 def _sample_lines(sample: dict[str, Any], config: Config) -> Iterator[str]:
-    """One sample, no line wider than WIDTH."""
+    """One sample; no line is wider than WIDTH, but for a prompt's name that is."""
     version = sample["policy_version"]
     title = (
         f"{sample['stage']}  prompt {_printable(str(sample['prompt_name'] or sample['prompt_index']))}  "
         f"sample {sample['sample_index']}  {'by the teacher' if version < 0 else f'policy v{version}'}"
     )
-    yield f"── {title} ".ljust(WIDTH, "─")[:WIDTH]
+    for line in textwrap.wrap(title, WIDTH - len("──  "), break_long_words=False, break_on_hyphens=False):
+        yield f"── {line} ".ljust(WIDTH, "─")
     outcome = sample["verdict"].upper().replace("_", " ")
     yield f"{outcome}   {sample['response_tokens']} tokens, finish: {sample['finish_reason']}"
     for model in ("teacher", "student"):

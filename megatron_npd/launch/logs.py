@@ -30,12 +30,14 @@ def tail(path: Path, lines: int, start: int = 0) -> list[str]:
     try:
         with open(path, "rb") as file:
             size = file.seek(0, os.SEEK_END)
-            file.seek(max(start, size - _TAIL_BYTES))
+            begin = file.seek(max(start, size - _TAIL_BYTES))
             text = file.read().decode("utf-8", errors="replace")
     except OSError:
         return []
     # A progress bar rewrites its line with carriage returns: what it shows last counts.
     kept = [line.rsplit("\r", 1)[-1] for line in text.replace("\r\n", "\n").split("\n")]
+    if begin > start and len(kept) > 1:  # most likely in the middle of a line
+        kept = kept[1:]
     return [line for line in kept if line.strip()][-lines:]
 
 

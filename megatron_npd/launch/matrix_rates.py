@@ -13,6 +13,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 
+from megatron_npd import device
 from megatron_npd.errors import UserError
 
 ROWS, INNER, COLUMNS = 64, 1024, 512
@@ -57,6 +58,7 @@ def measure_rates(threads: int) -> MatrixRates:
 
 
 def _measure(threads: int) -> MatrixRates:
+    device.settle()
     import torch
 
     if torch.cuda.is_available():

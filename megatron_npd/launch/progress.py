@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_npd.activity import WAITING
+from megatron_npd.activity import WAITING, WORKING
 from megatron_npd.buffer.listing import finished_units
 from megatron_npd.buffer.plan import Plan
 from megatron_npd.heartbeat import read_signs
+from megatron_npd.launch.console import PART
 from megatron_npd.launch.journal import PHASE, Journal
 from megatron_npd.launch.logs import tail
 from megatron_npd.launch.processes import Child
@@ -21,7 +22,6 @@ from megatron_npd.run_directory import HELDOUT_STAGE, RunDirectory
 
 FINISHING = "finishing"
 """Phase after the last unit is annotated: the rest of the training, publishing, evaluation."""
-_MESSAGE_WIDTH = 60
 
 
 class Progress:
@@ -33,12 +33,13 @@ class Progress:
         self._phase, self._since = "", time.monotonic()
 
     def describe(self, running: Sequence[Child]) -> str:
-        """One line: the stage being worked on, its units, the trainer's step and loss, what each role is doing."""
+        """One line, its parts by importance: the stage being worked on, its units, the trainer's step and loss, what
+        each role is doing, who waits behind who works."""
         parts = [self._stage_text()]
         if step := self._last_step():
             loss = step.get("train/loss")
             parts.append(f"step {step.get('step')}" + (f" loss {loss:.4f}" if isinstance(loss, float) else ""))
-        return " | ".join(parts + self._activities(running))
+        return PART.join(parts + self._activities(running))
 
     def finish(self) -> None:
         """Record the last phase."""
@@ -47,14 +48,15 @@ class Progress:
     def _activities(self, running: Sequence[Child]) -> list[str]:
         """What the first rank of each role says that it is doing; of a wait also since when."""
         pids, steps = ({child.pid for child in running}, {child.command.name for child in running})
-        told, here = [], socket.gethostname()
+        told: dict[str, list[str]] = {WORKING: [], WAITING: []}
+        here = socket.gethostname()
         for sign in read_signs(self._run):
             is_ours = sign.step in steps if sign.step else sign.pid in pids and sign.host == here
             if is_ours and not sign.rank:
                 since = time.strftime(" since %H:%M:%S", time.localtime(sign.since)) if sign.state == WAITING else ""
                 waiting = "waiting for " if sign.state == WAITING else ""
-                told.append(f"{sign.role}: {waiting}{sign.what[:_MESSAGE_WIDTH]}{since}")
-        return told
+                told[WAITING if waiting else WORKING].append(f"{sign.role}: {waiting}{sign.what}{since}")
+        return told[WORKING] + told[WAITING]
 
     def _stage_text(self) -> str:
         """The first unfinished stage; those once complete are not looked at again."""

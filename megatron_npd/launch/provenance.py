@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import socket
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_npd.config import Config
+from megatron_npd.host import cores
 
 PACKAGES = (
     "megatron_npd",
@@ -34,7 +34,7 @@ def provenance(config: Config) -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": _package_versions(),
         "hostname": socket.gethostname(),
-        "cpu_count": os.cpu_count(),
+        "cpu_count": cores(),
     }
 
 

@@ -21,13 +21,16 @@ from megatron_npd.buffer.leases import filesystem_time
 from megatron_npd.buffer.plan import Plan, make_plan
 from megatron_npd.config import Config, LaunchConfig
 from megatron_npd.data.prompts import load_prompt_set
+from megatron_npd.device import unused_gpus
 from megatron_npd.heartbeat import clock_oddity
+from megatron_npd.hf_config import read_model_dims
 from megatron_npd.launch.console import Console
 from megatron_npd.launch.dtype import describe_dtype
 from megatron_npd.launch.exclusive import only_supervisor
 from megatron_npd.launch.guardian import Guardian
 from megatron_npd.launch.journal import START, STOP, SUPERVISOR, Journal
 from megatron_npd.launch.leftovers import remove_dead_signs, remove_unfinished, return_stale_leases
+from megatron_npd.launch.machine import check_machine
 from megatron_npd.launch.prepare import as_prepared, check_directory, prepare
 from megatron_npd.launch.processes import Child, stop
 from megatron_npd.launch.progress import Progress
@@ -45,7 +48,8 @@ def supervise(config: Config) -> int:
     """Prepare and run everything on this machine; returns the exit status of `npd run`.
 
     Raises:
-        UserError: the inputs are refused (see `prepare`), or another supervisor works in this run directory.
+        UserError: the inputs are refused (see `prepare`), this machine cannot hold the roles (see `check_machine`), or
+            another supervisor works in this run directory.
     """
     run = RunDirectory(Path(config.run_directory))
     is_new = not run.config.is_file()
@@ -55,7 +59,11 @@ def supervise(config: Config) -> int:
         # made the new one for another configuration.
         check_directory(run, config) if is_new else prepare(config)
         config = as_prepared(config)
+        need = check_machine(config, read_model_dims(config.models.teacher), read_model_dims(config.models.student))
         console = Console(run.log(SUPERVISOR))
+        for line in (unused_gpus(), need and need.is_short and str(need)):
+            if line:
+                console.say(line)
         status = watch_run(run, config, console, lambda plan: roles_of(config, run, plan, Path(scratch)))
         if status == 0:
             _conclude(run, config, console)

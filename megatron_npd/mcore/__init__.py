@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from megatron_npd import device
+
 # Megatron-Core warns at import about every optional GPU package; mcore.cpu and mcore.attention say once what is used.
 warnings.filterwarnings("ignore", module=r"megatron\.core.*")
 # Its loading of checkpoints makes torch warn about a class of torch's own.
@@ -16,6 +18,7 @@ def _as_it_is(function: Any = None, **_: Any) -> Any:
     return _as_it_is if function is None else function
 
 
+device.settle()
 if not torch.cuda.is_available():
     # Megatron decorates functions with torch.compile, which loads TorchInductor: two fifths of a process's start, for
     # functions that no model on a CPU uses.

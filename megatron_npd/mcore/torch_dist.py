@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import textwrap
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -181,7 +182,7 @@ class TorchDistReader:
         try:
             self._reader.read_data(LoadPlan(items), _Into(tensor)).wait()
         except (OSError, RuntimeError, AssertionError, EOFError, pickle.UnpicklingError) as error:
-            text = " ".join(str(error).split())[:200] or type(error).__name__
+            text = textwrap.shorten(str(error), 200, placeholder=" …") or type(error).__name__
             raise UserError(f"{self.folder}: {place.key} cannot be read ({text})") from None
         return tensor.view(shape)
 

@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from megatron_npd import device
 from megatron_npd.config import RolloutConfig
 from megatron_npd.rollout.plugin import BACKEND, register
 
@@ -15,7 +16,11 @@ from megatron_npd.rollout.plugin import BACKEND, register
 def start_vllm(
     folder: Path, rollout: RolloutConfig, dtype: str, max_model_len: int, updatable: bool, trust_remote_code: bool
 ) -> Any:
-    """A `vllm.LLMEngine` in this process, in seconds on a CPU: nothing is compiled there, nothing is profiled."""
+    """A `vllm.LLMEngine` in this process, in seconds on a CPU: nothing is compiled there, nothing is profiled.
+
+    Raises:
+        UserError: vLLM is missing, or built for another device than this process has.
+    """
     on_cpu = _prepare_environment(rollout.threads)
     from vllm import EngineArgs, LLMEngine
 
@@ -64,10 +69,12 @@ def _prepare_environment(threads: int) -> bool:
     """
     # OpenMP threads that spin while they wait make a shared core ten times slower. Read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    device.settle()
     import torch
     import torch._dynamo
 
     on_cpu = not torch.cuda.is_available()
+    device.require_vllm_fits(gpu=not on_cpu)
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     if on_cpu:

@@ -57,7 +57,8 @@ class CheckpointUpdateEngine(WeightTransferEngine):
         repack_tied_embeddings(self.model)
         unloaded = [name for name, parameter in self.model.named_parameters() if parameter.is_meta]
         if unloaded:
-            raise RuntimeError(f"parameters without a value after an update: {', '.join(unloaded[:5])}")
+            more = f" and {len(unloaded) - 5} more" if unloaded[5:] else ""
+            raise RuntimeError(f"parameters without a value after an update: {', '.join(unloaded[:5])}{more}")
 
     def finish_weight_update(self) -> None:
         """Nothing: `receive_weights` left the model complete."""

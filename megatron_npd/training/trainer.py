@@ -293,7 +293,7 @@ class Trainer:
     def _settle(self) -> None:
         """Return when everything that is being published or saved is visible and current; no restart can then want a
         stage that is behind it."""
-        with waiting("what is being published and saved to be written"):
+        with waiting("its publication and checkpoint to be written"):
             self.publisher.wait()
             self.checkpointer.wait()
         if self.parallel.rank == 0:
