@@ -113,7 +113,9 @@ class SelectionConfig(Section):
 
 class WarmupConfig(Section):
     samples_per_prompt: int = Field(0, ge=0)
-    """Teacher responses for each training prompt; 0: no warm-up, the student is already fine-tuned."""
+    """Teacher responses for each of its prompts; 0: no warm-up, the student is already fine-tuned."""
+    prompts: int = Field(0, ge=0)
+    """Training prompts the teacher answers for it, drawn at random; 0: every one."""
     epochs: int = Field(1, ge=1)
     """Passes over the teacher's responses."""
     lr: float = Field(1e-5, gt=0.0)

@@ -83,9 +83,9 @@ def make_plan(config: Config, train_prompts: int, heldout_prompts: int) -> Plan:
     per_unit = config.rollout.samples_per_unit
     stages = [_stage(HELDOUT_STAGE, "heldout", TEACHER_VERSION, np.arange(heldout_prompts), 1, per_unit)]
     if config.warmup.samples_per_prompt:
-        everything = np.arange(train_prompts)
+        prompts = _prompts_of_warmup(config, train_prompts)
         stages.append(
-            _stage(WARMUP_STAGE, "train", TEACHER_VERSION, everything, config.warmup.samples_per_prompt, per_unit)
+            _stage(WARMUP_STAGE, "train", TEACHER_VERSION, prompts, config.warmup.samples_per_prompt, per_unit)
         )
     first = 1 if config.warmup.samples_per_prompt else 0
     for index in range(config.rounds.count):
@@ -138,6 +138,14 @@ def _stage(name: str, split: str, version: int, prompts: np.ndarray, samples_per
     prompt_index = np.repeat(prompts.astype(np.int64), samples_per_prompt)
     sample_index = np.tile(np.arange(samples_per_prompt, dtype=np.int32), len(prompts))
     return Stage(name, split, version, prompt_index, sample_index, per_unit)
+
+
+def _prompts_of_warmup(config: Config, train_prompts: int) -> np.ndarray:
+    """All prompts in order, or some of them."""
+    size = min(config.warmup.prompts or train_prompts, train_prompts)
+    if size == train_prompts:
+        return np.arange(train_prompts)
+    return generator(config.seed, "prompts", "warmup").permutation(train_prompts)[:size]
 
 
 def _prompts_of_round(config: Config, train_prompts: int, index: int) -> np.ndarray:

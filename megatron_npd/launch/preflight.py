@@ -52,11 +52,14 @@ def preflight(config: Config, with_weights: bool = True) -> Inputs:
     unconditional_prefix(tokenizer, config.selection.unconditional_prefix)
     prompts = config.prompts
     train, heldout = tokenised_splits(tokenizer, prompts.train, prompts.heldout, prompts.max_prompt_tokens)
-    if config.rounds.prompts_per_round > len(train.names):
-        raise UserError(
-            f"rounds.prompts_per_round = {config.rounds.prompts_per_round}: must not exceed the {len(train.names)} "
-            f"prompts of {prompts.train} (0 takes them all)"
-        )
+    for key, wanted in (
+        ("rounds.prompts_per_round", config.rounds.prompts_per_round),
+        ("warmup.prompts", config.warmup.prompts),
+    ):
+        if wanted > len(train.names):
+            raise UserError(
+                f"{key} = {wanted}: must not exceed the {len(train.names)} prompts of {prompts.train} (0 takes them all)"
+            )
     return Inputs(teacher, student, train, heldout)
 
 
