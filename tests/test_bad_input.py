@@ -208,6 +208,10 @@ SIZE_FAULTS: dict[str, tuple[Callable[[Inputs], object], list[str]]] = {
         lambda i: i.set("rounds.prompts_per_round", 7),
         ["rounds.prompts_per_round = 7", "6 prompts", "train.jsonl"],
     ),
+    "prompts of the warm-up": (
+        lambda i: i.set("warmup.prompts", 7),
+        ["warmup.prompts = 7", "6 prompts", "train.jsonl"],
+    ),
     "unknown key": (lambda i: i.set("training.learning_rate", 1.0), ["training.learning_rate", "did you mean"]),
 }
 

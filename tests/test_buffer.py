@@ -157,6 +157,19 @@ def test_units_partition_a_stage_and_identities_are_unique(
         assert all(one.stop == two.start for one, two in pairwise(bounds))
 
 
+def test_warmup_takes_all_prompts_or_some_at_random() -> None:
+    some, other = (
+        make_plan(make_config(seed=seed, warmup={"samples_per_prompt": 2, "prompts": 12}), 50, 1).stages["warmup"]
+        for seed in (1, 2)
+    )
+    assert len(some.prompt_index) == 24 and len(set(some.prompt_index.tolist())) == 12
+    assert set(some.prompt_index.tolist()) != set(range(12)), "a file may be sorted by kind"
+    assert set(some.prompt_index.tolist()) != set(other.prompt_index.tolist())
+    for prompts in (0, 50, 70):
+        whole = make_plan(make_config(warmup={"samples_per_prompt": 1, "prompts": prompts}), 50, 1).stages["warmup"]
+        assert whole.prompt_index.tolist() == list(range(50))
+
+
 def test_rounds_walk_through_all_prompts_before_one_comes_again() -> None:
     plan = make_plan(make_config(rounds={"count": 8, "prompts_per_round": 25}), 100, 1)
     rounds = [set(stage.prompt_index.tolist()) for stage in plan.round_stages]

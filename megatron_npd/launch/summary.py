@@ -254,6 +254,7 @@ def _settings(config: Config) -> dict[str, Any]:
         "dtype_reason": config.models.dtype_reason,
         "seed": config.seed,
         "warmup_samples_per_prompt": config.warmup.samples_per_prompt,
+        "warmup_prompts": config.warmup.prompts,
         "warmup_epochs": config.warmup.epochs,
         **{f"rounds_{name}": value for name, value in config.rounds.model_dump().items()},
         "max_new_tokens": config.rollout.max_new_tokens,

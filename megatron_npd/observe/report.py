@@ -81,12 +81,13 @@ def _headline(summary: dict[str, Any]) -> str:
     reasons = ", ".join(f"{words(reason)} {n:,}" for reason, n in rejected.items()) or "none rejected"
     wall = (summary.get("wall_seconds_by_phase") or {}).get("total")
     drift = (summary.get("near_policy_kl") or {}).get("max")
+    dtype = (summary.get("settings") or {}).get("dtype")
     cards = [
         ("Held-out KL, nats a token", kl, f"{_figure(reduction, '.1%')} less than at the start"),
         ("Samples kept", f"{_figure(kept, ',')} of {_figure(generated, ',')}", reasons if kept is not None else ""),
         ("Optimizer steps", _figure(summary.get("optimizer_steps"), ","),
          f"{_figure(summary.get('trained_tokens'), ',')} response tokens"),
-        ("Wall time", "–" if wall is None else duration(wall), f"largest near-policy KL {_figure(drift, '.3f')}"),
+        ("Wall time", "–" if wall is None else duration(wall), f"in {_figure(dtype, '')}; largest near-policy KL {_figure(drift, '.3f')}"),
     ]  # fmt: skip
     card = '<div class="card"><span>{}</span><strong>{}</strong><small>{}</small></div>'
     return '<div class="cards">' + "".join(card.format(*map(escape, texts)) for texts in cards) + "</div>\n"
