@@ -175,6 +175,9 @@ def test_a_disk_without_room_is_refused_before_anything_is_downloaded(machine: M
     assert "3.5 GB free; must be at least 9.5 GB (NPD_ENV names" in machine.refused(BROKEN=full, TORCH_LINE=CUDA_LINE)
     assert not machine.installations
     assert machine.make(BROKEN=full, TORCH_LINE=CPU_LINE).returncode == 0
+    shutil.rmtree(machine.environment)
+    assert "0.0 GB free; must be at least 2.3 GB" in machine.refused(BROKEN=full.replace("3.5e9", "0"))
+    assert not machine.environment.exists()
 
 
 @pytest.mark.parametrize("reason", ["[Errno 28] No space left on device", "[Errno 122] Disk quota exceeded"])

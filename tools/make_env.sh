@@ -66,6 +66,7 @@ find_python() {
 make_venv() {
     local python why
     python=$(find_python)
+    check_room "$python" $CPU_SIZE 0 # the least; of a full disk venv itself says nothing one can understand
     echo "make_env: creating $environment with $python"
     why=$("$python" -m venv --clear "$environment" 2>&1) || refuse "$environment: no environment can be made there:" \
         "${why##*$'\n'}"
@@ -113,7 +114,7 @@ announce() {
     file=$(torch_file)
     if [[ $file == *+cpu* ]]; then
         echo "make_env: pip takes $file, a build for CPUs: up to $CPU_DOWNLOAD GB to download, $CPU_SIZE GB on disk"
-        check_room $CPU_SIZE $CPU_DOWNLOAD
+        check_room "$environment/bin/python" $CPU_SIZE $CPU_DOWNLOAD
         return
     fi
     if [[ -n $file ]]; then
@@ -124,27 +125,27 @@ announce() {
     fi
     echo "make_env: a CPU build makes that $CPU_DOWNLOAD and $CPU_SIZE GB: tell pip where torch $TORCH+cpu lies, by" \
         "PIP_FIND_LINKS, PIP_EXTRA_INDEX_URL or NPD_PIP_ARGS='--find-links FOLDER', and start again"
-    if [[ -n $file ]]; then
-        check_room $CUDA_SIZE $CUDA_DOWNLOAD
-    else
-        check_room $CPU_SIZE 0 # the least it can be
-    fi
+    [[ -z $file ]] || check_room "$environment/bin/python" $CUDA_SIZE $CUDA_DOWNLOAD
 }
 
-# Room for the environment, and for the downloads, which pip keeps in the folder of temporary files until all are there.
+# check_room PYTHON SIZE DOWNLOAD: room for the environment, and for the downloads, which pip keeps in the folder of
+# temporary files until all are there.
 check_room() {
     local lack
-    lack=$("$environment/bin/python" -c '
+    lack=$("$1" -c '
 import os, shutil, sys
-environment, temporary, size, download = *sys.argv[1:3], *map(float, sys.argv[3:])
-wanted = {environment: size, temporary: download}
-if os.stat(environment).st_dev == os.stat(temporary).st_dev:
-    wanted = {environment: size + download}
+folder, temporary, size, download = *sys.argv[1:3], *map(float, sys.argv[3:])
+while not os.path.exists(folder):
+    folder = os.path.dirname(folder)
+wanted = {temporary: download, folder: size}
+if os.stat(folder).st_dev == os.stat(temporary).st_dev:
+    wanted = {folder: size + download}
 for place, least in wanted.items():
     free = shutil.disk_usage(place).free / 1e9
     if free < least:
-        sys.exit(print(f"{place}: {free:.1f} GB free; must be at least {least:.1f} GB"))
-' "$environment" "${TMPDIR:-/tmp}" "$1" "$2") || return 0 # pip will say what is the matter
+        print(f"{place}: {free:.1f} GB free; must be at least {least:.1f} GB")
+        break
+' "$environment" "${TMPDIR:-/tmp}" "$2" "$3") || return 0 # what is wrong pip will say
     [[ -z $lack ]] || refuse "$lack (NPD_ENV names another place for the environment, TMPDIR one for downloads)"
 }
 
