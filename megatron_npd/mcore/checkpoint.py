@@ -10,6 +10,8 @@ random (no dropout; order and learning rate are functions of the step).
 from __future__ import annotations
 
 import functools
+import inspect
+import io
 import logging
 import os
 import shutil
@@ -43,6 +45,7 @@ from megatron_npd.run_directory import fsync_folder, probe_writing, read_json, w
 
 logger = logging.getLogger(__name__)
 STAGING = ".staging-"
+COMMON = "common.pt"
 SAY_AFTER_SECONDS = 30.0
 
 
@@ -70,9 +73,14 @@ class Checkpointer:
                 shutil.rmtree(leftover, ignore_errors=True)
             staging.mkdir(parents=True)
             write_json(staging / STATE, {"optimizer_steps": step, "run": run_state})
+            write_common(staging)
         barrier()
         request = dist_checkpointing.save(
-            self._state_to_save(), str(staging), TorchDistSaveShardedStrategy("torch_dist", 1), async_sharded_save=True
+            self._state_to_save(),
+            str(staging),
+            TorchDistSaveShardedStrategy("torch_dist", 1),
+            async_sharded_save=True,
+            **_own_writer_of_megatron(),
         )
         request.add_finalize_fn(functools.partial(self._make_current, staging, final))
         self._calls.schedule_async_request(_in_own_writer(request))
@@ -118,6 +126,21 @@ class Checkpointer:
                     shutil.rmtree(old, ignore_errors=True)
             logger.info("checkpoint %s is current", final.name)
         barrier()
+
+
+def write_common(folder: Path) -> None:
+    """Write what is not sharded, which of ours is nothing. Megatron-Core 0.16 to 0.18 load no checkpoint without this
+    file; 0.19 writes none, and reads it where it is there: a checkpoint can go from one to the other."""
+    stream = io.BytesIO()  # torch's own writing to a file says of a full disk nothing that can be understood
+    torch.save({}, stream)
+    (folder / COMMON).write_bytes(stream.getvalue())
+
+
+def _own_writer_of_megatron() -> dict[str, str]:
+    """From 0.17 on, `save` takes the writer of nvidia-resiliency-ext unless told otherwise. Megatron-Core does not
+    require that package, and `_in_own_writer` and the results queue below are of Megatron's own."""
+    choice = {"async_strategy": "mcore"}
+    return choice if choice.keys() <= inspect.signature(dist_checkpointing.save).parameters.keys() else {}
 
 
 def _not_written(folder: Path, error: CheckpointException) -> Exception:

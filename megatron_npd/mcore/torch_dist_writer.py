@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
 from torch.distributed.checkpoint import (
     ChunkStorageMetadata,
     DefaultSavePlanner,
@@ -31,6 +30,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta, Te
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
+from megatron_npd.mcore.checkpoint import write_common
 from megatron_npd.mcore.torch_dist import BACKEND, BACKEND_VERSION, CheckpointLayout, Place
 from megatron_npd.run_directory import fsync_folder, write_atomically
 
@@ -87,7 +87,7 @@ class TorchDistWriter:
         # Read back also what this process wrote: equal strings that are one object would be pickled otherwise.
         entries = [self._entry(group).read_bytes() for group in range(len(self._plans))]
         self._writer.finish(self._metadata, [pickle.loads(entry) for entry in entries])
-        TorchCommonSaveStrategy("torch", 1).save_common({}, str(self._folder))
+        write_common(self._folder)
         save_config(CheckpointingConfig(BACKEND, BACKEND_VERSION), str(self._folder))
         shutil.rmtree(self._journal)
 
