@@ -57,9 +57,8 @@ def preflight(config: Config, with_weights: bool = True) -> Inputs:
         ("warmup.prompts", config.warmup.prompts),
     ):
         if wanted > len(train.names):
-            raise UserError(
-                f"{key} = {wanted}: must not exceed the {len(train.names)} prompts of {prompts.train} (0 takes them all)"
-            )
+            available = f"the {len(train.names)} prompts of {prompts.train}"
+            raise UserError(f"{key} = {wanted}: must not exceed {available} (0 takes them all)")
     return Inputs(teacher, student, train, heldout)
 
 

@@ -82,12 +82,13 @@ def _headline(summary: dict[str, Any]) -> str:
     wall = (summary.get("wall_seconds_by_phase") or {}).get("total")
     drift = (summary.get("near_policy_kl") or {}).get("max")
     dtype = (summary.get("settings") or {}).get("dtype")
+    how = f"in {dtype}; " if dtype else ""
     cards = [
         ("Held-out KL, nats a token", kl, f"{_figure(reduction, '.1%')} less than at the start"),
         ("Samples kept", f"{_figure(kept, ',')} of {_figure(generated, ',')}", reasons if kept is not None else ""),
         ("Optimizer steps", _figure(summary.get("optimizer_steps"), ","),
          f"{_figure(summary.get('trained_tokens'), ',')} response tokens"),
-        ("Wall time", "–" if wall is None else duration(wall), f"in {_figure(dtype, '')}; largest near-policy KL {_figure(drift, '.3f')}"),
+        ("Wall time", "–" if wall is None else duration(wall), f"{how}largest near-policy KL {_figure(drift, '.3f')}"),
     ]  # fmt: skip
     card = '<div class="card"><span>{}</span><strong>{}</strong><small>{}</small></div>'
     return '<div class="cards">' + "".join(card.format(*map(escape, texts)) for texts in cards) + "</div>\n"
