@@ -17,6 +17,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent
 QUICKSTART = ROOT / "examples" / "quickstart"
 SHORTER = {
+    "warmup.prompts": 48,
     "rounds.count": 2,
     "rounds.prompts_per_round": 24,
     "rollout.max_new_tokens": 32,

@@ -99,9 +99,18 @@ def measure(root: Path, threads: int) -> dict[str, Any]:
         nlls = (shard["nll_student_conditional"], fourth, reference)
         parts.append(np.stack([_delta(shard, config, nll)[judged] for nll in nlls]))
     shutdown()
-    return {"dtype": config.models.dtype, "samples": sum(len(shard) for _, shard in shards), "seconds": seconds} | (
-        compare(*np.concatenate(parts, axis=1), config.selection.tau)
+    lengths, scored = (
+        np.concatenate([column(shard) for _, shard in shards])
+        for column in (lambda shard: np.diff(shard["response_offsets"]), _scored)
     )
+    return {
+        "dtype": config.models.dtype,
+        "samples": len(scored),
+        "not_scored": int((~scored).sum()),
+        "not_scored_share_of_tokens": float(lengths[~scored].sum() / lengths.sum()),
+        "seconds": seconds,
+        **compare(*np.concatenate(parts, axis=1), config.selection.tau),
+    }
 
 
 def compare(three: np.ndarray, four: np.ndarray, exact: np.ndarray, tau: float) -> dict[str, Any]:
@@ -172,11 +181,15 @@ def _time_passes(
 
 
 def _given(shard: Shard) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(prompt, response) of each sample; the response empty where it cannot be scored."""
-    scored = shard["verdict"] != Verdict.OUT_OF_VOCABULARY
+    """(prompt, response) of each sample; the response empty where it was not scored."""
+    scored = _scored(shard)
     return [
         (shard.prompt(row), shard.response(row) if scored[row] else np.zeros(0, np.int32)) for row in range(len(shard))
     ]
+
+
+def _scored(shard: Shard) -> np.ndarray:
+    return np.isfinite(shard["nll_teacher_conditional"])
 
 
 def _delta(shard: Shard, config: Config, student_conditional: np.ndarray) -> np.ndarray:
@@ -192,7 +205,11 @@ def _verdicts(delta: np.ndarray, tau: float) -> np.ndarray:
 def report(figures: dict[str, Any]) -> None:
     """The same as a table for people."""
     seconds, gaps = figures["seconds"], figures["from_float64"]
-    print(f"{figures['samples']} samples in {figures['dtype']}; seconds of each pass:")
+    print(
+        f"{figures['samples']} samples in {figures['dtype']}; {figures['not_scored']} of them, "
+        f"{figures['not_scored_share_of_tokens']:.0%} of the response tokens, are rejected unscored (cut, most of them)"
+    )
+    print("seconds of each pass over the others:")
     for name, is_made in PASSES.items():
         share = seconds[name] / sum(seconds.values())
         print(f"  {name:<44} {seconds[name]:8.2f} {share:6.1%}{'' if is_made else '   left out'}")
