@@ -79,6 +79,21 @@ def test_the_newest_are_kept(checkpoint: Path, tmp_path: Path) -> None:
     left = sorted(entry.name for entry in outcome.checkpoints.iterdir())
     assert left == ["iter_0000002", "iter_0000003", "latest.txt"]
     assert (outcome.checkpoints / "latest.txt").read_text() == "iter_0000003\n"
+    for name in left[:2]:  # megatron-core 0.19 writes none; 0.16 to 0.18 load nothing without it
+        assert torch.load(outcome.checkpoints / name / "common.pt", weights_only=True) is not None
+
+
+def test_megatrons_own_writer_is_asked_for_where_there_is_a_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From megatron-core 0.17 on the default needs a package that megatron-core does not require."""
+    from megatron_npd.mcore import checkpoint
+
+    def before(state: dict, folder: str, async_sharded_save: bool = False) -> None: ...
+
+    def since(state: dict, folder: str, async_sharded_save: bool = False, async_strategy: str = "nvrx") -> None: ...
+
+    for save, chosen in ((before, {}), (since, {"async_strategy": "mcore"})):
+        monkeypatch.setattr(checkpoint.dist_checkpointing, "save", save)
+        assert checkpoint._own_writer_of_megatron() == chosen
 
 
 @pytest.mark.parametrize("fault", ["writer_dies", "writers_child_is_killed"])
