@@ -241,7 +241,8 @@ class BufferConfig(Section):
 
 class LaunchConfig(Section):
     turns: Literal["auto", "on", "off"] = "auto"
-    """Let only one role compute at a time. auto: on where the roles want more threads than there are cores."""
+    """Let only one role compute at a time, and start each when there is something for it to do. auto: on where the
+    roles want more threads than there are cores."""
     lease_seconds: float = Field(300.0, gt=0.0)
     """A unit of work whose worker gave no sign of life for so long is handed to another."""
     poll_seconds: float = Field(0.2, gt=0.0)
