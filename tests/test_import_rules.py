@@ -90,7 +90,21 @@ def violations(files: dict[str, str]) -> list[str]:
                 broken.append(f"{path}: {library} is imported behind the door {DOORS[library]}/ only")
             if library == "torch" and part in WITHOUT_TORCH and not _torch_allowed(path, name):
                 broken.append(f"{path}: {part} works without torch")
+        # `python -O` takes asserts away, with all that happens in them.
+        broken += [f"{path}: line {line}: {call} inside an assert" for line, call in effects_in_asserts(source)]
     return broken + [f"cycle: {' -> '.join(cycle)}" for cycle in cycles(files)]
+
+
+EFFECTS = {"list", "next", "pop", "popleft", "append", "add", "remove", "send", "write", "wait"}
+"""Calls that change something, or use up an iterator, which may be a collective of several ranks."""
+
+
+def effects_in_asserts(source: str) -> list[tuple[int, str]]:
+    """(line, name) of calls with effects in the tests of asserts."""
+    tests = [node.test for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Assert)]
+    calls = [node for test in tests for node in ast.walk(test) if isinstance(node, ast.Call)]
+    named = [(call.lineno, getattr(call.func, "id", getattr(call.func, "attr", ""))) for call in calls]
+    return [(line, name) for line, name in named if name in EFFECTS]
 
 
 def cycles(files: dict[str, str]) -> list[list[str]]:
@@ -170,6 +184,8 @@ def test_the_package_keeps_its_rules() -> None:
         ("data/a.py", "import torch", "data works without torch"),
         ("observe/metrics.py", "import torch.nn", "observe works without torch"),
         ("newcomer/a.py", "", "no level"),
+        ("weights/a.py", "assert not list(shards), 'none'", "list inside an assert"),
+        ("weights/a.py", "def f(x):\n    assert x.pop() == 1", "line 2: pop inside an assert"),
     ],
 )
 def test_the_checker_catches(path: str, source: str, complaint: str) -> None:

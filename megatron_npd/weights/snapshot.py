@@ -70,7 +70,8 @@ class Snapshot:
                 if owner == self._parallel.tp_rank:
                     self._fill(self._copies[number], shards)
                 else:
-                    assert not list(shards), "takes part in gathering, and receives nothing"
+                    left = list(shards)  # takes part in gathering, which is a collective
+                    assert not left, "and receives nothing"
         if self._parallel.device != "cpu":
             torch.cuda.current_stream().synchronize()
 
