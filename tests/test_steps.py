@@ -9,14 +9,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from conftest import Inputs
 from supervised import SLEEP, python, role, run, wait_until
 
+from megatron_npd.buffer.plan import make_plan
 from megatron_npd.errors import NODE_LOST_STATUS, USAGE_STATUS
 from megatron_npd.heartbeat import Heartbeat
 from megatron_npd.launch.leftovers import return_stale_leases
 from megatron_npd.launch.logs import first_failed_task
 from megatron_npd.launch.processes import Child, stop
 from megatron_npd.launch.roles import Role
+from megatron_npd.launch.steps import Step, roles_of_steps
 from megatron_npd.launch.watching import HangWatch
 from megatron_npd.run_directory import RunDirectory, write_json
 
@@ -98,6 +101,15 @@ def test_srun_passes_sigusr1_on_and_kills_its_tasks_at_sigterm(tmp_path: Path, m
     assert [c.command.name for c in killed] == ([] if manner == "polite" else ["deaf"])
     assert child.poll() == 7
     assert command.log.read_text().split() == ["ready", *signals]
+
+
+def test_every_step_is_wanted_from_the_beginning(inputs: Inputs) -> None:
+    """Also where roles take turns, as on three nodes that are one machine: a sidecar samples for the teacher as well,
+    so it must not wait until the teacher's responses are there."""
+    inputs.set("launch.turns", "on")
+    directory, plan = RunDirectory(inputs.run), make_plan(inputs.config, 6, 3)
+    steps = [Step(name, ["true"]) for name in ("trainer", "annotator.node1", "rollout.node1", "rollout.node2")]
+    assert all(role.is_wanted() for role in roles_of_steps(inputs.config, directory, plan, steps))
 
 
 def test_the_log_of_the_task_that_failed(tmp_path: Path) -> None:

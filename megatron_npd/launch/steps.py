@@ -57,7 +57,7 @@ def supervise_steps(config: Config, words: list[str]) -> int:
     run = open_run(config)
     with only_supervisor(run):
         console = Console(run.log(SUPERVISOR))
-        return watch_run(run, config, console, lambda plan: _roles(config, run, plan, steps))
+        return watch_run(run, config, console, lambda plan: roles_of_steps(config, run, plan, steps))
 
 
 def parse_steps(words: list[str]) -> list[Step]:
@@ -90,7 +90,7 @@ def parse_steps(words: list[str]) -> list[Step]:
     return steps
 
 
-def _roles(config: Config, run: RunDirectory, plan: Plan, steps: list[Step]) -> list[Role]:
+def roles_of_steps(config: Config, run: RunDirectory, plan: Plan, steps: list[Step]) -> list[Role]:
     """What `roles_of` says of a role's work holds for each of its steps."""
     work = {role.name: role for role in roles_of(config, run, plan, run.root)}
     teacher, student = (work[name] for name in ROLLOUT.values())
@@ -105,7 +105,15 @@ def _roles(config: Config, run: RunDirectory, plan: Plan, steps: list[Step]) -> 
 
 def _role(run: RunDirectory, step: Step, work: Role) -> Role:
     command = Command(step.name, step.argv, run.log(f"{step.name}.srun"), {STEP_VARIABLE: step.name}, is_srun=True)
-    return replace(work, name=step.name, kind=step.kind, commands=lambda: [command], is_lost=_is_lost(step))
+    return replace(
+        work,
+        name=step.name,
+        kind=step.kind,
+        commands=lambda: [command],
+        # Its devices are its own: nobody would gain by its starting later. And a sidecar here is the teacher's first.
+        is_wanted=lambda: True,
+        is_lost=_is_lost(step),
+    )
 
 
 def _is_lost(step: Step) -> Callable[[], bool]:
