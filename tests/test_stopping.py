@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import signal
@@ -74,8 +75,10 @@ def descendants(pid: int) -> list[int]:
     """Whatever carries the mark of a supervisor; [] before its first child has one."""
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     for child in children:
-        environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
-        for entry in environment:
+        environment = b""
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            environment = Path(f"/proc/{child}/environ").read_bytes()
+        for entry in environment.split(b"\0"):
             if entry.startswith(f"{MARK}=".encode()):
                 return marked(entry.decode().partition("=")[2])
     return []

@@ -119,7 +119,8 @@ def megatron_disagreement(run: RunDirectory, config: Config, prompts: Answers, a
         raise UserError(f"{run.checkpoints}: holds no checkpoint")
     parallel = initialize()
     dims = read_model_dims(run.student)
-    [model] = build_gpt(dims, parallel, torch.bfloat16, ModelOptions("reference"))
+    # As the run has them: weights of a float32 run must not be rounded to be compared with its export.
+    [model] = build_gpt(dims, parallel, getattr(torch, config.models.dtype), ModelOptions("reference"))
     load_model_only(checkpoint, [model])
     model = model.float()
     model.config.params_dtype = torch.float32
