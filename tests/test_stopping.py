@@ -30,14 +30,14 @@ import sys, tempfile
 from pathlib import Path
 from megatron_npd.launch.console import Console
 from megatron_npd.launch.prepare import load_run_config
-from megatron_npd.launch.roles import roles_of
+from megatron_npd.launch.roles import TRAINER, roles_of
 from megatron_npd.launch.supervisor import watch_run
 from megatron_npd.run_directory import RunDirectory
 
 config = load_run_config(sys.argv[1])
 run = RunDirectory(Path(config.run_directory))
 with tempfile.TemporaryDirectory() as scratch:
-    trainer_alone = lambda plan: roles_of(config, run, plan, Path(scratch))[:1]
+    trainer_alone = lambda plan: [role for role in roles_of(config, run, plan, Path(scratch)) if role.name == TRAINER]
     sys.exit(watch_run(run, config, Console(run.log("supervisor")), trainer_alone))
 """
 
