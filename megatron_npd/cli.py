@@ -69,9 +69,10 @@ def _check(arguments: Arguments) -> None:
     from megatron_npd.run_directory import RunDirectory
 
     config = _load(arguments)
-    check_directory(RunDirectory(Path(config.run_directory)), config)
+    run = RunDirectory(Path(config.run_directory))
+    check_directory(run, config)
     inputs = preflight(config, with_weights=not arguments.without_weights)
-    if not config.models.dtype_reason:  # else decided when the run was prepared
+    if not run.config.is_file():  # else decided when the run was prepared
         config = decide_dtype(config, in_cluster=names_slurm(config))
     for checkpoint in (inputs.teacher, inputs.student):
         dims = checkpoint.dims

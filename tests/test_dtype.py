@@ -132,6 +132,17 @@ def test_reader_is_told(inputs: Inputs, capsys: pytest.CaptureFixture[str]) -> N
     assert models.dtype_reason in run.report.read_text()
 
 
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_reason_of_another_run_decides_nothing(inputs: Inputs, dtype: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file made from the config.toml of another run brings its reason along."""
+    inputs.set("models.dtype", dtype)
+    inputs.set("models.dtype_reason", "of another machine")
+    assert main(["check", str(inputs.path)]) == 0
+    said = capsys.readouterr().out
+    assert "models.dtype = " in said and "of another machine" not in said
+    assert load_config(prepare(inputs.config).config).models.dtype_reason != "of another machine"
+
+
 def test_role_started_by_hand_takes_the_runs_dtype(inputs: Inputs) -> None:
     """With the user's own file, in which the dtype is still open."""
     prepared(inputs, "float32")
