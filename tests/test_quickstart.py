@@ -25,7 +25,6 @@ SHORTER = {
     "selection.reject_truncated": "false",  # after so short a training most answers are cut
     "selection.tau": 5.0,
 }
-MINUTES = 4
 
 
 def test_first_command_of_the_readme_runs(tmp_path: Path) -> None:
@@ -44,7 +43,7 @@ def test_first_command_of_the_readme_runs(tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=60 * 15,  # beside another test on a poor machine; alone it takes less than MINUTES
+        timeout=60 * 15,  # beside another test on a poor machine
         check=False,
     )
     assert done.returncode == 0, done.stdout[-5000:]

@@ -58,6 +58,7 @@ from megatron_npd.estimates.rates import read_rates
 from megatron_npd.estimates.simulation import simulate
 from megatron_npd.estimates.workload import workload
 from megatron_npd.launch.estimate import workers_of
+from megatron_npd.launch.matrix_rates import product_seconds
 from megatron_npd.launch.preflight import check_models
 from megatron_npd.launch.prepare import check_directory
 from megatron_npd.launch.roles import role_environment
@@ -236,20 +237,11 @@ def matrix_products(threads: int) -> dict[str, dict[str, float]]:
 
     torch.set_num_threads(threads)
     rows, inner, columns = PRODUCT
-    rates = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a, b = (torch.randn(shape).to(dtype) for shape in ((rows, inner), (inner, columns)))
-        seconds = []
-        for _ in range(3 + REPEATS):
-            started = time.perf_counter()
-            a @ b
-            seconds.append(time.perf_counter() - started)
-        work, counted = 2e-9 * rows * inner * columns, seconds[3:]
-        rates[str(dtype).removeprefix("torch.")] = {
-            "median": work / statistics.median(counted),
-            "best": work / min(counted),
-        }
-    return rates
+    gflop = 2e-9 * rows * inner * columns
+    return {
+        dtype: {"median": gflop / statistics.median(seconds), "best": gflop / min(seconds)}
+        for dtype, seconds in product_seconds(PRODUCT, warmups=3, rounds=REPEATS).items()
+    }
 
 
 def text(report: dict[str, Any]) -> str:

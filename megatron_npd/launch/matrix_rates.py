@@ -57,6 +57,25 @@ def measure_rates(threads: int) -> MatrixRates:
     return MatrixRates(**json.loads(done.stdout.splitlines()[-1]))
 
 
+def product_seconds(shape: tuple[int, int, int], warmups: int, rounds: int) -> dict[str, list[float]]:
+    """How long each product [rows, inner] × [inner, columns] took in this process on its CPU, by dtype, without the
+    first `warmups`; the dtypes take turns, so that whatever else the machine does meets both."""
+    import torch
+
+    rows, inner, columns = shape
+    operands = {
+        name: [torch.ones(size, dtype=getattr(torch, name)) for size in ((rows, inner), (inner, columns))]
+        for name in ("float32", "bfloat16")
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in operands}
+    for _ in range(warmups + rounds):
+        for name, (left, right) in operands.items():
+            started = time.perf_counter()
+            torch.mm(left, right)
+            seconds[name].append(time.perf_counter() - started)
+    return {name: taken[warmups:] for name, taken in seconds.items()}
+
+
 def _measure(threads: int) -> MatrixRates:
     device.settle()
     import torch
@@ -65,18 +84,9 @@ def _measure(threads: int) -> MatrixRates:
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return MatrixRates(torch.cuda.get_device_name(), has_bfloat16=has_bfloat16)
     torch.set_num_threads(threads)
-    operands = {
-        dtype: (torch.ones(ROWS, INNER, dtype=dtype), torch.ones(INNER, COLUMNS, dtype=dtype))
-        for dtype in (torch.float32, torch.bfloat16)
-    }
-    seconds: dict[torch.dtype, list[float]] = {dtype: [] for dtype in operands}
-    for _ in range(1 + ROUNDS):  # in turn, so that whatever else the machine does meets both
-        for dtype, (left, right) in operands.items():
-            started = time.perf_counter()
-            torch.mm(left, right)
-            seconds[dtype].append(time.perf_counter() - started)
+    seconds = product_seconds((ROWS, INNER, COLUMNS), warmups=1, rounds=ROUNDS)
     gflop = 2 * ROWS * INNER * COLUMNS / 1e9
-    float32, bfloat16 = (gflop / statistics.median(taken[1:]) for taken in seconds.values())
+    float32, bfloat16 = (gflop / statistics.median(seconds[dtype]) for dtype in ("float32", "bfloat16"))
     return MatrixRates("cpu", float32, bfloat16)
 
 
