@@ -66,6 +66,19 @@ def ifd(nll_conditional: np.ndarray, nll_unconditional: np.ndarray, form: IfdFor
     return np.where(np.isfinite(conditional) & np.isfinite(unconditional), ratio, np.nan)
 
 
+def rejections_without_scores(
+    response_lengths: np.ndarray, finish_reasons: np.ndarray, out_of_vocabulary: np.ndarray, reject_truncated: bool
+) -> list[tuple[Verdict, np.ndarray]]:
+    """(verdict, bool [N] whether it applies) of the reasons that need no score, by precedence; see `judge`."""
+    finish = np.asarray(finish_reasons)
+    return [
+        (Verdict.ABORTED, finish == FinishReason.ABORT),
+        (Verdict.OUT_OF_VOCABULARY, np.asarray(out_of_vocabulary, dtype=bool)),
+        (Verdict.EMPTY, np.asarray(response_lengths) <= 0),
+        (Verdict.TRUNCATED, (finish == FinishReason.LENGTH) & reject_truncated),
+    ]
+
+
 def judge(
     nll_teacher_conditional: np.ndarray,
     nll_teacher_unconditional: np.ndarray,
@@ -127,15 +140,9 @@ def judge(
     with np.errstate(invalid="ignore"):
         delta = teacher - student
     scored = np.isfinite(delta if by_delta else np.asarray(nll_teacher_conditional, dtype=np.float64))
-    finish = np.asarray(finish_reasons)
 
-    reasons = [
-        (Verdict.ABORTED, finish == FinishReason.ABORT),
-        (Verdict.OUT_OF_VOCABULARY, np.asarray(out_of_vocabulary, dtype=bool)),
-        (Verdict.EMPTY, np.asarray(response_lengths) <= 0),
-        (Verdict.TRUNCATED, (finish == FinishReason.LENGTH) & reject_truncated),
-        (Verdict.NON_FINITE, ~scored),
-    ]
+    reasons = rejections_without_scores(response_lengths, finish_reasons, out_of_vocabulary, reject_truncated)
+    reasons.append((Verdict.NON_FINITE, ~scored))
     if by_delta:
         reasons += [(Verdict.DEGENERATE, delta < 0.0), (Verdict.COGNITIVE_DISCONNECT, ~(delta <= tau))]
     verdict = np.select(

@@ -14,8 +14,8 @@ import numpy as np
 
 from megatron_npd.buffer.shards import Shard, concatenate_ragged
 from megatron_npd.config import Config
-from megatron_npd.schema import FinishReason, Verdict
-from megatron_npd.selection.delta_ifd import judge
+from megatron_npd.schema import Verdict
+from megatron_npd.selection.delta_ifd import judge, rejections_without_scores
 from megatron_npd.teacher.prefill import Annotation, Pair, PrefillModel
 
 
@@ -42,7 +42,9 @@ def annotate_shard(
     length, count = config.annotator.pack_length, len(shard)
     unknown = np.array([_has_unknown_id(shard, row, vocabulary) for row in range(count)], dtype=bool)
     content = np.array([_content_length(shard.response(row), end_tokens) for row in range(count)])
-    scored = ~unknown & (content > 0) & _may_be_kept(shard["finish_reason"], config.selection.reject_truncated)
+    reject_truncated = config.selection.reject_truncated
+    rejections = rejections_without_scores(content, shard["finish_reason"], unknown, reject_truncated)
+    scored = ~np.logical_or.reduce([applies for _, applies in rejections])
     # Passed as empty, what is not scored costs nothing.
     responses = [shard.response(row) if scored[row] else np.zeros(0, np.int32) for row in range(count)]
     conditional: list[Pair] = [(shard.prompt(row), responses[row]) for row in range(count)]
@@ -66,7 +68,7 @@ def annotate_shard(
         unknown,
         form=config.selection.form,
         tau=config.selection.tau,
-        reject_truncated=config.selection.reject_truncated,
+        reject_truncated=reject_truncated,
         by_delta=student is not None,
     )
     columns = {
@@ -108,12 +110,6 @@ def _behaviour_nll(shard: Shard, wanted: np.ndarray) -> np.ndarray:
         logprobs = shard.ragged("behaviour_logprobs", row, "response_offsets")
         nll[row] = -float(logprobs.astype(np.float64).mean())
     return nll
-
-
-def _may_be_kept(finish_reason: np.ndarray, reject_truncated: bool) -> np.ndarray:
-    """Whether the way a response ended leaves its verdict to its scores, bool [N]."""
-    is_cut = finish_reason == FinishReason.LENGTH
-    return (finish_reason != FinishReason.ABORT) & ~(is_cut & reject_truncated)
 
 
 def _has_unknown_id(shard: Shard, row: int, vocabulary: int) -> bool:
