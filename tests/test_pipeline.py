@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -11,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import Inputs, write_prompts
+from safetensors.torch import load_file
 
 from megatron_npd.buffer.plan import make_plan
 from megatron_npd.buffer.versions import MANIFEST, published_versions, verify_version
@@ -22,6 +25,7 @@ from megatron_npd.estimates.workload import workload
 from megatron_npd.hf_config import read_model_dims
 from megatron_npd.launch.estimate import role_memories, workers_of
 from megatron_npd.observe.metrics import read_metrics
+from megatron_npd.parallel import Parallel
 from megatron_npd.run_directory import RunDirectory, read_json
 
 pytestmark = pytest.mark.slow
@@ -93,6 +97,22 @@ def test_exported_student_answers_as_the_trainers_model(finished: Inputs) -> Non
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "agree on 3 answers" in done.stdout
+
+
+def test_export_is_compared_with_the_very_weights_of_the_checkpoint(finished: Inputs, parallel: Parallel) -> None:
+    """Of a float32 run: read into a 16-bit model they would be other weights, and some answers other answers."""
+    from megatron_npd.mcore.model import named_parameters
+    from megatron_npd.weights.snapshot import gather_hugging_face
+
+    spec = importlib.util.spec_from_file_location("verify_student", VERIFY)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    run, config = RunDirectory(finished.run), load_config(finished.run / "config.toml")
+    model = tool.checkpointed_model(run, config, parallel)
+    exported = {name: x for file in run.student.glob("*.safetensors") for name, x in load_file(file).items()}
+    weights = dict(gather_hugging_face(named_parameters([model]), read_model_dims(run.student), parallel))
+    assert weights.keys() == exported.keys() and len(weights) > 5
+    assert all(torch.equal(weights[name], exported[name]) for name in weights)
 
 
 @pytest.mark.parametrize("role", ["trainer", "annotator", "rollout_teacher", "rollout"])

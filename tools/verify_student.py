@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +27,7 @@ from megatron_npd.data.batch import lay_out
 from megatron_npd.data.prompts import load_prompt_set
 from megatron_npd.errors import USAGE_STATUS, UserError
 from megatron_npd.hf_config import eos_token_ids, read_model_dims
+from megatron_npd.parallel import Parallel
 from megatron_npd.run_directory import RunDirectory
 
 Answers = list[list[int]]
@@ -110,20 +112,12 @@ def megatron_disagreement(run: RunDirectory, config: Config, prompts: Answers, a
     import torch
 
     from megatron_npd.kernels import top_token
-    from megatron_npd.mcore.checkpoint import latest_checkpoint, load_model_only
-    from megatron_npd.mcore.model import ModelOptions, build_gpt, forward_packed, projected
+    from megatron_npd.mcore.model import forward_packed, projected
     from megatron_npd.mcore.parallel import initialize, shutdown
 
-    checkpoint = latest_checkpoint(run.checkpoints)
-    if checkpoint is None:
-        raise UserError(f"{run.checkpoints}: holds no checkpoint")
     parallel = initialize()
     dims = read_model_dims(run.student)
-    # As the run has them: weights of a float32 run must not be rounded to be compared with its export.
-    [model] = build_gpt(dims, parallel, getattr(torch, config.models.dtype), ModelOptions("reference"))
-    load_model_only(checkpoint, [model])
-    model = model.float()
-    model.config.params_dtype = torch.float32
+    model = checkpointed_model(run, config, parallel)
     pairs = [(np.array(p), np.array(a)) for p, a in zip(prompts, answers, strict=True)]
     tokens, cu_seqlens, rows = (torch.from_numpy(array) for array in lay_out(pairs))
     with torch.no_grad():
@@ -136,6 +130,29 @@ def megatron_disagreement(run: RunDirectory, config: Config, prompts: Answers, a
             if (ours := best.pop(0)) != token:
                 return f"prompt {index}, answer token {position}: the trainer's model says {ours}, the export {token}"
     return None
+
+
+def checkpointed_model(run: RunDirectory, config: Config, parallel: Parallel) -> Any:
+    """The model of the current checkpoint, to compute in float32 with the weights as the run has them.
+
+    Raises:
+        UserError: there is no checkpoint.
+    """
+    import torch
+
+    from megatron_npd.mcore.checkpoint import latest_checkpoint, load_model_only
+    from megatron_npd.mcore.model import ModelOptions, build_gpt
+
+    checkpoint = latest_checkpoint(run.checkpoints)
+    if checkpoint is None:
+        raise UserError(f"{run.checkpoints}: holds no checkpoint")
+    # In the run's dtype: weights of a float32 run must not be rounded to be compared with its export.
+    dtype = getattr(torch, config.models.dtype)
+    [model] = build_gpt(read_model_dims(run.student), parallel, dtype, ModelOptions("reference"))
+    load_model_only(checkpoint, [model])
+    model = model.float()
+    model.config.params_dtype = torch.float32
+    return model
 
 
 def _prompts(run: RunDirectory, count: int) -> Answers:
