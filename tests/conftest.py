@@ -1,9 +1,8 @@
-"""Inputs of a run that pass every check: two tiny checkpoints that share a tokenizer, prompts, a configuration."""
+"""Fixtures of all tests, and the environment they run in."""
 
 from __future__ import annotations
 
 import gc
-import json
 import os
 import shutil
 import signal
@@ -12,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tomli_w
 from hypothesis import settings
+from inputs import Inputs
 
 from megatron_npd import device
-from megatron_npd.config import Config, load_config
 from megatron_npd.parallel import Parallel
 
+pytest.register_assert_rewrite("finished_run", "megatron_runs", "npd_runs")  # they assert on behalf of tests
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 device.settle()  # before any test asks torch for a GPU
@@ -28,45 +27,6 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # How long an example takes says nothing on a machine that others use too.
 settings.register_profile("npd", deadline=None)
 settings.load_profile("npd")
-
-
-class Inputs:
-    """Files of one run below `root`; a test spoils one of them and looks at what is said about it."""
-
-    def __init__(self, root: Path):
-        self.root = root
-        self.teacher, self.student = root / "teacher", root / "student"
-        self.train, self.heldout = root / "train.jsonl", root / "heldout.jsonl"
-        self.run = root / "run"
-        self.values: dict[str, Any] = {
-            "run_directory": str(self.run),
-            "models": {"teacher": str(self.teacher), "student": str(self.student), "dtype": "float32"},
-            "prompts": {"train": str(self.train), "heldout": str(self.heldout), "max_prompt_tokens": 64},
-            "rollout": {"max_new_tokens": 32},
-            "annotator": {"top_k": 4, "pack_length": 128},
-            "training": {"sequence_length": 128},
-        }
-        write_prompts(self.train, {f"t{i}": f"What is {i} plus {i}?" for i in range(6)})
-        write_prompts(self.heldout, {f"h{i}": f"Name {i} things." for i in range(3)})
-
-    @property
-    def path(self) -> Path:
-        """The configuration as a file."""
-        path = self.root / "run.toml"
-        path.write_text(tomli_w.dumps(self.values))
-        return path
-
-    @property
-    def config(self) -> Config:
-        return load_config(self.path)
-
-    def set(self, key: str, value: object) -> None:
-        """Change one value of the configuration, e.g. `set("training.lr", 1e-4)`."""
-        *sections, name = key.split(".")
-        table = self.values
-        for section in sections:
-            table = table.setdefault(section, {})
-        table[name] = value
 
 
 @pytest.fixture(scope="module")
@@ -121,11 +81,3 @@ def inputs(checkpoints: Path, tmp_path: Path) -> Inputs:
     """Good inputs in a folder of their own."""
     shutil.copytree(checkpoints, tmp_path, dirs_exist_ok=True)
     return Inputs(tmp_path)
-
-
-def write_prompts(path: Path, prompts: dict[str, str]) -> None:
-    """A prompt file of single user turns, by id."""
-    lines = (
-        json.dumps({"id": name, "messages": [{"role": "user", "content": text}]}) for name, text in prompts.items()
-    )
-    path.write_text("\n".join(lines) + "\n")

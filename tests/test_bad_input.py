@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Inputs, write_prompts
+from inputs import Inputs, write_prompts
 from safetensors.numpy import load_file, save_file
 from tiny_models import make_llama
 from tiny_tokenizer import TEMPLATE, make_tokenizer

@@ -9,8 +9,9 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from places import TOOLS
 
-TOOL = Path(__file__).resolve().parent.parent / "tools" / "benchmark_annotation.py"
+TOOL = TOOLS / "benchmark_annotation.py"
 TAU = 0.8
 
 

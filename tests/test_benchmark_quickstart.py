@@ -13,7 +13,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from test_simulation import rates as equal_rates
+from equal_rates import rates as equal_rates
+from places import EXAMPLES, TOOLS
 
 from megatron_npd.buffer.plan import make_plan
 from megatron_npd.config import Config
@@ -27,7 +28,7 @@ from megatron_npd.observe.metrics import Metrics
 from megatron_npd.run_directory import RunDirectory, write_atomically, write_json
 from megatron_npd.schema import TEACHER_VERSION
 
-TOOL = Path(__file__).resolve().parent.parent / "tools" / "benchmark_quickstart.py"
+TOOL = TOOLS / "benchmark_quickstart.py"
 PROMPTS, HELDOUT, KEPT_SHARE = 40, 10, 0.5
 BEGIN = 1_700_000_000.0
 KL = [9.5, 2.0, 1.5, 1.0]
@@ -385,5 +386,5 @@ def test_bad_input_is_one_line(
 
 
 def test_the_default_rates_are_the_quickstarts(tool: ModuleType) -> None:
-    assert tool.RATES.resolve() == TOOL.parents[1] / "examples" / "quickstart" / "rates.toml"
+    assert tool.RATES.resolve() == EXAMPLES / "quickstart" / "rates.toml"
     tool.read_rates(tool.RATES)

@@ -6,13 +6,13 @@ import importlib
 import json
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from places import TOOLS
 
 pytestmark = pytest.mark.slow
-TOOL = Path(__file__).resolve().parent.parent / "tools" / "benchmark_train.py"
+TOOL = TOOLS / "benchmark_train.py"
 PACK, PACKS, STEPS = 256, 2, 2
 
 

@@ -16,24 +16,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from shard_factory import equal, make_shard
+from small_config import make_config
 
 from megatron_npd.buffer.plan import make_plan, sampling_seed, training_order
 from megatron_npd.buffer.shards import CorruptShardError, read_or_quarantine, read_shard, write_shard
 from megatron_npd.config import Config
 from megatron_npd.run_directory import RunDirectory
-
-
-def make_config(run: Path | str = "run", **sections: dict[str, object]) -> Config:
-    return Config.model_validate(
-        {
-            "run_directory": str(run),
-            "models": {"teacher": "t", "student": "s"},
-            "prompts": {"train": "a", "heldout": "b"},
-            "annotator": {"pack_length": 4096},
-        }
-        | sections
-    )
-
 
 # --- shards ---
 

@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from places import TOOLS
 
-TOOL = Path(__file__).resolve().parents[1] / "tools" / "chaos.py"
+TOOL = TOOLS / "chaos.py"
 KILLS = 4
 
 

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Inputs
-from test_simulation import rates
+from equal_rates import rates
+from inputs import Inputs
+from places import TOOLS
 
 from megatron_npd.cli import main
 from megatron_npd.config import load_config
@@ -17,7 +18,7 @@ from megatron_npd.device import device_here
 from megatron_npd.launch.estimate import device_of, workers_of
 
 Check = Callable[..., tuple[int, str]]
-PLAN_CLUSTER = Path(__file__).parents[1] / "tools" / "plan_cluster.py"
+PLAN_CLUSTER = TOOLS / "plan_cluster.py"
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import Inputs
-from test_status import leave_sign
+from inputs import Inputs
+from signs import leave_sign
 
 from megatron_npd.buffer.plan import make_plan
 from megatron_npd.launch.console import Console, fitted

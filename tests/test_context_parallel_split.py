@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_packing import make_sample
+from random_sample import make_sample
 
 from megatron_npd.data.batch import PackedBatch, collate
 from megatron_npd.data.context_parallel import context_parallel_positions, context_parallel_share

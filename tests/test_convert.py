@@ -17,12 +17,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from converting import AWKWARD, TOOLS, assert_same_model, contents, convert, tool, weights
+from converting import AWKWARD, assert_same_model, contents, convert, tool, weights
 from megatron_runs import run_ranks
+from places import SUPPORT, TOOLS
 from safetensors.torch import save_file
 from tiny_models import FAMILIES, make_llama, make_model
 
-WORKER = Path(__file__).with_name("convert_worker.py")
+WORKER = SUPPORT / "convert_worker.py"
 LAYOUTS = [(tp, pp) for pp in (1, 2) for tp in (1, 2, 4)]
 
 pytestmark = pytest.mark.slow

@@ -7,11 +7,10 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from places import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 TOOL = ROOT / "tools" / "compile_cuda.py"
 CSRC = ROOT / "megatron_npd" / "kernels" / "csrc"
 ARCHITECTURES = ("80", "90", "100")

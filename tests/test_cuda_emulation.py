@@ -13,10 +13,9 @@ import shutil
 
 import numpy as np
 import pytest
-import test_kernels
 import torch
 from cuda_emulation import DTYPES, Emulation, build
-from test_kernels import Problem
+from loss_problem import TAILS, Problem
 
 from megatron_npd.kernels import native
 
@@ -513,7 +512,7 @@ def behind_the_functions(emulation, monkeypatch):
     )
 
 
-@pytest.mark.parametrize("tail", test_kernels.TAILS)
+@pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize(("tp", "temperature"), [(1, 2.0), (4, 1.0)])
 def test_the_loss_of_the_paper(behind_the_functions, tail, tp, temperature):
     """Loss and gradient against autograd through the definition, over real ranks."""

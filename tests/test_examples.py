@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
 import pytest
 import scaled_examples
 from fabricated_buffer import make_buffer
-from scaled_examples import EXAMPLES, NAMES
-from test_pipeline import npd, run_trainer
+from finished_run import check_finished
+from npd_runs import npd, run_trainer
+from places import EXAMPLES
+from scaled_examples import NAMES
 
 from megatron_npd.buffer.versions import published_versions, verify_version
 from megatron_npd.cli import main
@@ -20,7 +21,6 @@ from megatron_npd.launch.dtype import decide_dtype
 from megatron_npd.launch.estimate import role_memories
 from megatron_npd.launch.slurm_layout import slurm_layout
 from megatron_npd.launch.slurm_script import render
-from megatron_npd.run_directory import RunDirectory
 
 MEMORY = {
     "trainer": ("parameters", "gradients", "Adam's moments", "main weights", "activations", "logits"),
@@ -99,15 +99,3 @@ def test_a_scaled_down_trainer(name: str, tmp_path: Path) -> None:
     run_trainer(load_config(run.config), run)
     assert verify_version(run.version(max(published_versions(run))))
     assert run.student.is_dir()
-
-
-def check_finished(folder: Path) -> None:
-    """The run published every version of its plan, kept and rejected samples, and trained ten epochs."""
-    run = RunDirectory(folder)
-    summary = json.loads(run.summary.read_text())
-    config = load_config(run.config)
-    versions = 3 + (config.warmup.samples_per_prompt > 0)
-    assert published_versions(run) == list(range(versions))
-    assert summary["rounds"] == 2 and summary["refreshes"] == 1
-    assert summary["rollouts_kept"] > 0
-    assert run.student.is_dir() and run.report.is_file()

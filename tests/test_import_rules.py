@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+from places import ROOT
 
 PACKAGE = "megatron_npd"
-ROOT = Path(__file__).resolve().parent.parent / PACKAGE
+PACKAGE_FOLDER = ROOT / PACKAGE
 
 LEVELS = [
     (
@@ -165,7 +165,7 @@ def _run_on_import(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def test_the_package_keeps_its_rules() -> None:
-    files = {path.relative_to(ROOT).as_posix(): path.read_text() for path in ROOT.rglob("*.py")}
+    files = {path.relative_to(PACKAGE_FOLDER).as_posix(): path.read_text() for path in PACKAGE_FOLDER.rglob("*.py")}
     assert len(files) > 20
     assert violations(files) == []
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from independent_step import Recipe, train
 from megatron_runs import Outcome, train_all
+from places import SUPPORT
 from safetensors.torch import load_file
 from tiny_models import FAMILIES, VOCAB_SIZE, for_transformers, make_model
 
-HERE = Path(__file__).parent
 CASES = {f"{family}_{'tied' if tied else 'untied'}": (family, tied) for family in FAMILIES for tied in (True, False)}
 STEPS = 3
 RECIPE = Recipe(
@@ -38,7 +38,7 @@ LOSS, NORM, WEIGHTS, UPDATE = 1e-7, 4e-7, 7e-7, 1e-4
 
 def test_the_reference_shares_no_code_with_the_trainer() -> None:
     imported = set()
-    for node in ast.walk(ast.parse((HERE / "independent_step.py").read_text())):
+    for node in ast.walk(ast.parse((SUPPORT / "independent_step.py").read_text())):
         if isinstance(node, ast.Import):
             imported |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

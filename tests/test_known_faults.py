@@ -18,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from test_kernels import LAYOUTS, TAILS, Problem, relative_error, use_implementation
+from loss_problem import LAYOUTS, TAILS, Problem, relative_error, use_implementation
 
 from megatron_npd import kernels
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_kernels import LAYOUTS, TAILS, TOKENS, VOCAB, Problem, on_ranks, relative_error, shard_of, use_implementation
+from loss_problem import LAYOUTS, TAILS, TOKENS, VOCAB, Problem, on_ranks, relative_error, shard_of, use_implementation
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_npd.kernels import LinearLosses, ce_topk_kl, linear_ce_topk_kl

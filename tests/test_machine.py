@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from conftest import Inputs
+from inputs import Inputs
 
 from megatron_npd import host
 from megatron_npd.buffer.waiting import takes_turns

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from places import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "tools" / "make_env.sh"
 PYTHON = r"""#!/usr/bin/env bash
 # A Python 3.12 that makes environments of itself, unless the variables below say otherwise.

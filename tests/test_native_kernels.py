@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_kernels import K, Problem, on_ranks, relative_error, shard_of
+from loss_problem import K, Problem, on_ranks, relative_error, shard_of
 
 from megatron_npd.kernels import native, segment_sum, token_logprobs, topk_logprobs
 from megatron_npd.parallel import SINGLE, Parallel

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import write_prompts
+from inputs import write_prompts
 from tiny_models import make_model
 
 from megatron_npd.config import Config

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from random_sample import make_sample
 
-from megatron_npd.data.batch import PADDING_SEQUENCE, TrainingSample, aligned, collate, lay_out
+from megatron_npd.data.batch import PADDING_SEQUENCE, aligned, collate, lay_out
 from megatron_npd.data.cost import CostModel, cost_model
 from megatron_npd.data.packing import pack, pack_balanced
 from megatron_npd.hf_config import ModelDims
@@ -29,18 +30,6 @@ PANGU_1B = ModelDims(
     max_positions=32768,
     tied_embeddings=True,
 )
-
-
-def make_sample(generator: np.random.Generator, prompt: int, response: int, k: int = 3) -> TrainingSample:
-    ids = generator.integers(1, 1000, prompt + response).astype(np.int32)
-    return TrainingSample(
-        prompt_ids=ids[:prompt],
-        response_ids=ids[prompt:],
-        behaviour_logprobs=-generator.random(response).astype(np.float32),
-        topk_ids=generator.integers(0, 1000, (response, k)).astype(np.int32),
-        topk_logprobs=-generator.random((response, k)).astype(np.float32),
-        tail_mass=generator.random(response).astype(np.float32),
-    )
 
 
 # --- best fit ---

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -13,12 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Inputs, write_prompts
+from inputs import Inputs, write_prompts
+from npd_runs import assert_same_versions, npd, train_again
+from places import TOOLS
 from safetensors.torch import load_file
 
 from megatron_npd.buffer.plan import make_plan
-from megatron_npd.buffer.versions import MANIFEST, published_versions, verify_version
-from megatron_npd.config import Config, load_config
+from megatron_npd.buffer.versions import published_versions, verify_version
+from megatron_npd.config import load_config
 from megatron_npd.estimates.rates import read_rates
 from megatron_npd.estimates.simulation import simulate
 from megatron_npd.estimates.workload import workload
@@ -29,15 +30,7 @@ from megatron_npd.parallel import Parallel
 from megatron_npd.run_directory import RunDirectory, read_json
 
 pytestmark = pytest.mark.slow
-VERIFY = Path(__file__).parents[1] / "tools" / "verify_student.py"
-
-
-def npd(*arguments: str | Path, status: int = 0) -> str:
-    """Run an npd command to its end; its stdout."""
-    command = [sys.executable, "-m", "megatron_npd.cli", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=540)
-    assert done.returncode == status, done.stderr[-6000:]
-    return done.stdout
+VERIFY = TOOLS / "verify_student.py"
 
 
 @pytest.fixture(scope="module")
@@ -149,42 +142,3 @@ def test_the_same_buffer_trains_bit_identical_weights(finished: Inputs, tmp_path
     """Only prompts, rollouts, samples and configuration are copied; the trainer alone does everything again."""
     original = RunDirectory(finished.run)
     assert_same_versions(original, train_again(original, tmp_path / "run"))
-
-
-def train_again(original: RunDirectory, folder: Path) -> RunDirectory:
-    """Another run, of the same buffer, by the trainer alone."""
-    copy = RunDirectory(folder)
-    for name in ("prompts", "rollouts", "samples"):
-        shutil.copytree(original.root / name, copy.root / name)
-    for name in ("config.toml", "provenance.json"):
-        shutil.copy(original.root / name, copy.root / name)
-    copy.config.write_text(copy.config.read_text().replace(str(original.root), str(copy.root)))
-    run_trainer(load_config(copy.config), copy)
-    return copy
-
-
-def assert_same_versions(original: RunDirectory, copy: RunDirectory) -> None:
-    for version in published_versions(original):
-        ours, theirs = (read_json(run.version(version) / MANIFEST) for run in (copy, original))
-        assert ours["files"] == theirs["files"], f"version {version} differs"
-
-
-def run_trainer(config: Config, run: RunDirectory) -> None:
-    """Every trainer rank as the supervisor starts it, without any other role."""
-    ranks = []
-    for rank in range(config.training.world_size):
-        environment = os.environ | {
-            "RANK": str(rank),
-            "WORLD_SIZE": str(config.training.world_size),
-            "NPD_RENDEZVOUS": str(run.root / "rendezvous"),
-            "GLOO_SOCKET_IFNAME": "lo",
-            "OMP_NUM_THREADS": str(config.training.threads),
-        }
-        command = [sys.executable, "-m", "megatron_npd.cli", "trainer", str(run.config)]
-        ranks.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-    try:
-        logs = [rank.communicate(timeout=300)[1] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert all(rank.returncode == 0 for rank in ranks), "\n".join(logs)[-6000:]

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Inputs
+from inputs import Inputs
 from supervised import alive, wait_until
 
 from megatron_npd.buffer.plan import Plan, make_plan

@@ -22,6 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lone_publisher import PROBE, make_publisher, parameters_of
 from megatron_runs import run_ranks, start_ranks
+from places import SUPPORT
 from publish_worker import write_normally, write_slowly
 from safetensors.torch import load_file
 from tiny_models import FAMILIES, make_llama, make_model
@@ -35,7 +36,6 @@ from megatron_npd.weights.buckets import deal_buckets, plan_buckets
 from megatron_npd.weights.name_map import all_hugging_face_names
 from megatron_npd.weights.publish import Published
 
-HERE = Path(__file__).parent
 NAMES = {"config.json", "generation_config.json", "parity.json", "version.json", "model.safetensors.index.json"}
 
 
@@ -273,7 +273,7 @@ def test_no_thread_outlives_a_publication(student: Path, run: RunDirectory) -> N
 
 
 def lone(action: str, run: RunDirectory, student: Path, *before: str) -> list[dict[str, Any]]:
-    command = [*before, sys.executable, str(HERE / "lone_publisher.py"), action, str(run.root), str(student)]
+    command = [*before, sys.executable, str(SUPPORT / "lone_publisher.py"), action, str(run.root), str(student)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout)
@@ -323,7 +323,7 @@ def work(jobs: dict[str, dict[str, Any]], out: Path, ranks: int) -> list[str]:
     for name, job in jobs.items():
         (out / name / "out").mkdir(parents=True, exist_ok=True)
         job |= {"run": str(out / name / "run"), "out": str(out / name / "out")}
-    return [sys.executable, str(HERE / "publish_worker.py"), json.dumps(list(jobs.values()))]
+    return [sys.executable, str(SUPPORT / "publish_worker.py"), json.dumps(list(jobs.values()))]
 
 
 def told(out: Path, name: str, ranks: int) -> list[dict[str, Any]]:

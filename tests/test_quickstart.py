@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
 from megatron_npd.launch.matrix_rates import measure_rates
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parent.parent
 QUICKSTART = ROOT / "examples" / "quickstart"
 SHORTER = {
     "warmup.prompts": 48,

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from shard_factory import make_shard
+from small_config import make_config
 from system_calls import killed_at
-from test_buffer import make_config
 
 from megatron_npd.buffer.listing import finished_units, is_finished, stage_bytes, unfinished_units
 from megatron_npd.buffer.plan import Plan, make_plan

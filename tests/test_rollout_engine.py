@@ -27,6 +27,7 @@ from engines import (
     start,
 )
 from megatron_runs import run_ranks
+from places import SUPPORT
 from tiny_models import EOS, LLAMA3_ROPE, hf_logprobs, make_llama, make_model, probe_sequences, publish
 
 from megatron_npd.buffer.shards import read_shard
@@ -147,7 +148,7 @@ def test_refresh_equals_a_fresh_engine(tmp_path, tied, dtype):
         assert largest_difference(engine.logprobs(probe_sequences()), read_parity_probe(new).logprobs) < TOLERANCE
 
 
-WORKER = Path(__file__).with_name("refresh_worker.py")
+WORKER = SUPPORT / "refresh_worker.py"
 WIDE = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
 """Heads that divide over two ranks; the other models' one key-value head is padded."""
 FAMILIES: dict[str, tuple[str, dict]] = {

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from open_files import open_files
 from shard_factory import make_shard
-from test_buffer import make_config
+from small_config import make_config
 
 from megatron_npd.buffer.plan import Stage
 from megatron_npd.buffer.shards import (

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from equal_rates import rates
 
 from megatron_npd.buffer.plan import make_plan
 from megatron_npd.config import Config
@@ -16,12 +17,6 @@ from megatron_npd.data.cost import CostModel
 from megatron_npd.errors import UserError
 from megatron_npd.estimates.division import Sizes, best_division, divisions
 from megatron_npd.estimates.rates import (
-    AnnotatorRates,
-    LaunchRates,
-    Rates,
-    RolloutRates,
-    SampleRates,
-    TrainerRates,
     read_rates,
 )
 from megatron_npd.estimates.simulation import ANNOTATOR, ROLLOUT, TRAINER, Timeline, Workers, simulate
@@ -29,21 +24,6 @@ from megatron_npd.estimates.workload import StageWork, Workload, packs_of_steps,
 from megatron_npd.observe.metrics import Metrics
 from megatron_npd.schema import TEACHER_VERSION
 from megatron_npd.training.schedule import plan_steps
-
-INSTANT = 1e15
-"""Tokens a second of a role that takes no time."""
-
-
-def rates(rollout: float = INSTANT, annotator: float = INSTANT, trainer: float = INSTANT) -> Rates:
-    """Tokens a second of each role; starts, publications and refreshes take no time."""
-    return Rates(
-        samples=SampleRates(prompt_tokens=40.0, response_tokens=10.0, kept_share=0.5, kept_tokens=50.0),
-        launch=LaunchRates(start_seconds=0.0),
-        trainer=TrainerRates(start_seconds=0.0, tokens_per_second=trainer),
-        annotator=AnnotatorRates(start_seconds=0.0, tokens_per_second=annotator),
-        rollout=RolloutRates(start_seconds=0.0, tokens_per_second=rollout),
-        rollout_teacher=RolloutRates(start_seconds=0.0, tokens_per_second=rollout),
-    )
 
 
 def work(units: int = 6, steps: int = 4, packs: int = 8, rounds: int = 2, heldout_tokens: float = 0.0) -> Workload:

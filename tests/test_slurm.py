@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import scaled_examples
 import slurm_cluster
-from conftest import Inputs
+from finished_run import check_finished
+from inputs import Inputs
+from npd_runs import assert_same_versions, npd, train_again
 from slurm_cluster import Cluster
-from test_examples import check_finished
-from test_pipeline import assert_same_versions, npd, train_again
 
 from megatron_npd.buffer.versions import published_versions
 from megatron_npd.observe.metrics import read_metrics

@@ -13,11 +13,11 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from conftest import Inputs
+from inputs import Inputs
 from shard_factory import make_shard
+from signs import leave_sign
 from supervised import wait_until
 
 from megatron_npd import activity
@@ -56,16 +56,6 @@ def wait_until_beat(run: RunDirectory, what: str) -> Sign:
                 return sign
         assert time.monotonic() < until, read_signs(run)
         time.sleep(0.01)
-
-
-def leave_sign(run: RunDirectory, role: str, host: str, pid: int, age: float = 0.0, **values: Any) -> Path:
-    """What another process would leave, last heard of `age` seconds ago."""
-    now = time.time() - age
-    path = run.status(role, 0, host, pid)
-    sign = {"role": role, "rank": 0, "host": host, "pid": pid, "directory": os.stat(run.root).st_ino, "started": now}
-    write_json(path, sign | {"state": "working", "what": "its work", "since": now, "changes": 1} | values)
-    os.utime(path, (now, now))
-    return path
 
 
 def dead_pid() -> int:

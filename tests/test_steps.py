@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import Inputs
+from inputs import Inputs
 from supervised import SLEEP, python, role, run, wait_until
 
 from megatron_npd.buffer.plan import make_plan

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Inputs, write_prompts
 from fabricated_buffer import make_buffer
+from inputs import Inputs, write_prompts
 from supervised import alive, wait_until
 
 from megatron_npd.buffer.versions import published_versions, verify_version

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import Inputs
+from inputs import Inputs
 from supervised import SLEEP, WITH_GRANDCHILD, alive, pids_in, python, role, run, wait_until
 
 from megatron_npd.buffer.plan import make_plan

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Inputs, write_prompts
 from fabricated_buffer import make_buffer
+from inputs import Inputs, write_prompts
 from megatron_runs import run_ranks, start_ranks
+from npd_runs import assert_same_versions
+from places import SUPPORT
 from safetensors.torch import load_file
-from test_pipeline import assert_same_versions
 
 from megatron_npd.buffer.versions import published_versions
 from megatron_npd.observe.metrics import read_metrics
@@ -25,7 +26,7 @@ from megatron_npd.run_directory import RunDirectory, read_json
 pytestmark = pytest.mark.slow
 
 TP2_SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
-SLOW_TRAINER = Path(__file__).with_name("slow_trainer.py")
+SLOW_TRAINER = SUPPORT / "slow_trainer.py"
 PP2_INTERLEAVED = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
 DP2 = {"data_parallel_size": 2, "distributed_optimizer": True}
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Inputs
+from inputs import Inputs
 from shard_factory import make_shard
 from tiny_models import make_llama, publish
 

@@ -48,7 +48,7 @@ TAKEN_ALONG_SECONDS = 15.0
 KINDS = ("supervisor", "trainer", "annotator", "rollout", "rollout_teacher", "child of a role")
 PATIENCE_SECONDS = 10.0
 """How long a kill waits for a process of the kind that was chosen."""
-TESTS = Path(__file__).resolve().parents[1] / "tests"
+SUPPORT = Path(__file__).resolve().parents[1] / "tests" / "support"
 
 
 @dataclass
@@ -254,8 +254,8 @@ def conclude(outcome: Outcome, path: Path | None) -> int:
 
 def make_tiny(folder: Path) -> Path:
     """Two random checkpoints of one tokenizer, prompts, and a configuration with many short units; returns its path."""
-    sys.path.insert(0, str(TESTS))
-    from conftest import Inputs, write_prompts
+    sys.path.insert(0, str(SUPPORT))
+    from inputs import Inputs, write_prompts
     from tiny_models import make_llama
     from tiny_tokenizer import make_tokenizer
 

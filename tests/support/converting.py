@@ -9,9 +9,9 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+from places import TOOLS
 from safetensors.torch import load_file
 
-TOOLS = Path(__file__).resolve().parent.parent / "tools"
 AWKWARD = {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 16, "vocab_size": 131}
 """Three key-value groups and 131 rows: TP 2 and 4 pad both."""
 

@@ -6,7 +6,7 @@ Tokens, scores and teacher annotation are random but valid; the files are writte
 from __future__ import annotations
 
 import numpy as np
-from conftest import Inputs
+from inputs import Inputs
 
 from megatron_npd.buffer.plan import Stage, make_plan
 from megatron_npd.buffer.shards import Shard, concatenate_ragged, write_shard

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from places import ROOT
 
-CSRC = Path(__file__).resolve().parent.parent / "megatron_npd" / "kernels" / "csrc"
+CSRC = ROOT / "megatron_npd" / "kernels" / "csrc"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 """In the order of the emulation's `dtype`."""
 FLAGS = ["-std=c++17", "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared"]

@@ -7,9 +7,9 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from conftest import Inputs, write_prompts
+from inputs import Inputs, write_prompts
+from places import EXAMPLES
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 NAMES = sorted(folder.name for folder in EXAMPLES.iterdir() if (folder / "run.toml").is_file())
 EOS = 2
 
