@@ -191,11 +191,12 @@ def _enter_role(arguments: Arguments, role: str) -> Config:
     process's signs of life, which end with it. `role`: as `npd` calls it."""
     import logging
 
-    from megatron_npd import device, stopping
-    from megatron_npd.heartbeat import Heartbeat
-    from megatron_npd.launch.logs import configure_logging
+    from megatron_npd.hardware import device
     from megatron_npd.launch.prepare import open_run
     from megatron_npd.launch.roles import ROLLOUT, role_environment
+    from megatron_npd.process import stopping
+    from megatron_npd.process.heartbeat import Heartbeat
+    from megatron_npd.process.logs import configure_logging
 
     config = _load(arguments)
     run = open_run(config)

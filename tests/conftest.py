@@ -14,7 +14,7 @@ import pytest
 from hypothesis import settings
 from inputs import Inputs
 
-from megatron_npd import device
+from megatron_npd.hardware import device
 from megatron_npd.parallel import Parallel
 
 pytest.register_assert_rewrite("finished_run", "megatron_runs", "npd_runs")  # they assert on behalf of tests

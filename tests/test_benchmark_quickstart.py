@@ -24,7 +24,7 @@ from megatron_npd.estimates.rates import Rates
 from megatron_npd.estimates.simulation import ANNOTATOR, ROLLOUT, TRAINER, Span, Timeline, simulate
 from megatron_npd.estimates.workload import Workload, workload
 from megatron_npd.launch.estimate import workers_of
-from megatron_npd.observe.metrics import Metrics
+from megatron_npd.process.metrics import Metrics
 from megatron_npd.run_directory import RunDirectory, write_atomically, write_json
 from megatron_npd.schema import TEACHER_VERSION
 
@@ -170,7 +170,7 @@ def write_records(
             return self.now
 
     clock = Clock()
-    monkeypatch.setattr("megatron_npd.observe.metrics.time", clock)
+    monkeypatch.setattr("megatron_npd.process.metrics.time", clock)
 
     def log(at: float, role: str, event: str, **values: Any) -> None:
         clock.now = BEGIN + at

@@ -12,12 +12,12 @@ import pytest
 from inputs import Inputs
 from places import ROOT, SUPPORT, TOOLS
 
-from megatron_npd import device
 from megatron_npd.cli import main
 from megatron_npd.errors import UserError
+from megatron_npd.hardware import device
 from megatron_npd.launch.estimate import device_of
 from megatron_npd.launch.prepare import prepare
-from megatron_npd.observe.metrics import read_metrics
+from megatron_npd.process.metrics import read_metrics
 
 VERIFY = TOOLS / "verify_student.py"
 IN_CPU_ENVIRONMENT = pytest.mark.skipif(

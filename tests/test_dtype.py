@@ -15,8 +15,8 @@ from inputs import Inputs
 from megatron_npd.cli import main
 from megatron_npd.config import Config, load_config
 from megatron_npd.errors import UserError
+from megatron_npd.hardware.matrix_rates import MatrixRates, measure_rates
 from megatron_npd.launch.dtype import decide_dtype, describe_dtype
-from megatron_npd.launch.matrix_rates import MatrixRates, measure_rates
 from megatron_npd.launch.prepare import as_prepared, prepare
 from megatron_npd.launch.summary import write_report
 

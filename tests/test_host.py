@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_npd.host import Memory, cores, memory
+from megatron_npd.hardware.host import Memory, cores, memory
 
 MIB = 2**20
 
@@ -83,7 +83,7 @@ def test_what_a_control_group_allows(name: str, tmp_path: Path) -> None:
 
 def test_a_process_that_is_bound_to_one_core_has_one() -> None:
     one = min(os.sched_getaffinity(0))
-    bound = f"import os; os.sched_setaffinity(0, [{one}]); from megatron_npd.host import cores; print(cores())"
+    bound = f"import os; os.sched_setaffinity(0, [{one}]); from megatron_npd.hardware.host import cores; print(cores())"
     assert subprocess.run([sys.executable, "-c", bound], capture_output=True, text=True).stdout == "1\n"
 
 

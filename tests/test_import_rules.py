@@ -26,17 +26,14 @@ LEVELS = [
         "hf_config",
         "families",
         "run_directory",
-        "parent_death",
         "__init__",
-        "activity",
-        "heartbeat",
-        "stopping",
-        "host",
-        "device",
+        "hardware",
     ),
-    ("data", "buffer", "selection", "observe"),
+    ("process",),
+    ("data", "buffer", "selection"),
     ("kernels", "mcore", "rollout", "weights"),
     ("teacher", "training", "conversion", "estimates"),
+    ("report",),
     ("launch",),
     ("cli",),
 ]
@@ -50,9 +47,9 @@ FORBIDDEN = {("teacher", "rollout"), ("training", "rollout")}
 DOORS = {"megatron": "mcore", "transformer_engine": "mcore", "apex": "mcore", "vllm": "rollout"}
 """Library -> the one part that may import it."""
 
-WITHOUT_TORCH = ("data", "buffer", "selection", "observe")
+WITHOUT_TORCH = ("process", "data", "buffer", "selection")
 
-TORCH_ALLOWED = {("observe/metrics.py", "torch.utils.tensorboard")}
+TORCH_ALLOWED = {("process/metrics.py", "torch.utils.tensorboard")}
 """Lazily, where a scalar writer is wanted."""
 
 Imports = list[tuple[str, bool]]
@@ -182,7 +179,7 @@ def test_the_package_keeps_its_rules() -> None:
         ("rollout/a.py", "import transformer_engine.pytorch as te", "behind the door mcore/"),
         ("kernels/a.py", "from apex.optimizers import FusedAdam", "behind the door mcore/"),
         ("data/a.py", "import torch", "data works without torch"),
-        ("observe/metrics.py", "import torch.nn", "observe works without torch"),
+        ("process/metrics.py", "import torch.nn", "process works without torch"),
         ("newcomer/a.py", "", "no level"),
         ("weights/a.py", "assert not list(shards), 'none'", "list inside an assert"),
         ("weights/a.py", "def f(x):\n    assert x.pop() == 1", "line 2: pop inside an assert"),
@@ -204,7 +201,7 @@ def test_the_checker_catches_a_cycle_but_not_a_lazy_one() -> None:
     ("path", "source"),
     [
         ("training/a.py", "from megatron_npd.mcore.model import build_gpt"),
-        ("observe/metrics.py", "def f():\n    from torch.utils.tensorboard import SummaryWriter"),
+        ("process/metrics.py", "def f():\n    from torch.utils.tensorboard import SummaryWriter"),
         ("mcore/a.py", "import megatron.core"),
         ("hf_config.py", "from megatron_npd.errors import UserError"),
     ],

@@ -7,13 +7,13 @@ import re
 import pytest
 from inputs import Inputs
 
-from megatron_npd import host
-from megatron_npd.buffer.waiting import takes_turns
 from megatron_npd.cli import main
-from megatron_npd.device import environment_device
+from megatron_npd.hardware import host
+from megatron_npd.hardware.device import environment_device
 from megatron_npd.hf_config import read_model_dims
 from megatron_npd.launch import supervisor
 from megatron_npd.launch.machine import check_machine
+from megatron_npd.process.waiting import takes_turns
 
 MIB = 2**20
 pytestmark = pytest.mark.skipif(environment_device() != "cpu", reason="roles on GPUs need little of this memory")
@@ -91,5 +91,5 @@ def test_swap_is_memory_enough_to_try(inputs: Inputs, monkeypatch: pytest.Monkey
 
 def test_roles_take_turns_on_fewer_cores_than_they_want(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
     for cores, expected in ((1, True), (4, True), (5, False)):  # 2 + 2 + 1 threads by default
-        monkeypatch.setattr("megatron_npd.buffer.waiting.cores", lambda cores=cores: cores)
+        monkeypatch.setattr("megatron_npd.process.waiting.cores", lambda cores=cores: cores)
         assert takes_turns(inputs.config) is expected

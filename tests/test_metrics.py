@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_npd.observe.metrics import Metrics, busy_span, read_metrics
+from megatron_npd.process.metrics import Metrics, busy_span, read_metrics
 
 
 def test_a_torn_line_costs_itself_alone(tmp_path: Path) -> None:

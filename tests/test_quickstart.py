@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from places import ROOT
 
-from megatron_npd.launch.matrix_rates import measure_rates
+from megatron_npd.hardware.matrix_rates import measure_rates
 
 pytestmark = pytest.mark.slow
 

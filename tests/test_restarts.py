@@ -232,8 +232,8 @@ def test_a_role_without_room_for_its_files_waits_the_longest_time(tmp_path: Path
 HANGING = """
 import sys, time
 from pathlib import Path
-from megatron_npd import activity
-from megatron_npd.heartbeat import Heartbeat
+from megatron_npd.process import activity
+from megatron_npd.process.heartbeat import Heartbeat
 from megatron_npd.run_directory import RunDirectory
 
 folder, how = Path(sys.argv[1]), sys.argv[2]

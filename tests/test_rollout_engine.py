@@ -35,7 +35,7 @@ from megatron_npd.buffer.versions import ParityProbe, read_parity_probe, write_m
 from megatron_npd.config import Config
 from megatron_npd.data.prompts import save_prompt_set
 from megatron_npd.errors import BadVersionError
-from megatron_npd.observe.metrics import read_metrics
+from megatron_npd.process.metrics import read_metrics
 from megatron_npd.rollout import sidecar
 from megatron_npd.rollout.engine import Request, RolloutEngine, RolloutError
 from megatron_npd.rollout.parity import ParityError, check_parity

@@ -375,6 +375,6 @@ def test_waiting_verifies_whole_files(tmp_path: Path) -> None:
         raise Waiting
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Waiting):
-        patch.setattr("megatron_npd.buffer.waiting.time.sleep", redo)
+        patch.setattr("megatron_npd.process.waiting.time.sleep", redo)
         wait_for_stage(run, config, stage)
     assert [entry.name for entry in path.parent.iterdir()] == ["unit_000000.safetensors.quarantined"]

@@ -21,7 +21,7 @@ from megatron_npd.estimates.rates import (
 )
 from megatron_npd.estimates.simulation import ANNOTATOR, ROLLOUT, TRAINER, Timeline, Workers, simulate
 from megatron_npd.estimates.workload import StageWork, Workload, packs_of_steps, workload
-from megatron_npd.observe.metrics import Metrics
+from megatron_npd.process.metrics import Metrics
 from megatron_npd.schema import TEACHER_VERSION
 from megatron_npd.training.schedule import plan_steps
 

@@ -18,7 +18,7 @@ from npd_runs import assert_same_versions, npd, train_again
 from slurm_cluster import Cluster
 
 from megatron_npd.buffer.versions import published_versions
-from megatron_npd.observe.metrics import read_metrics
+from megatron_npd.process.metrics import read_metrics
 from megatron_npd.run_directory import RunDirectory
 
 pytestmark = pytest.mark.slow

@@ -20,22 +20,22 @@ from shard_factory import make_shard
 from signs import leave_sign
 from supervised import wait_until
 
-from megatron_npd import activity
-from megatron_npd.activity import doing, waiting
 from megatron_npd.buffer.leases import lease
 from megatron_npd.buffer.shards import read_or_quarantine
-from megatron_npd.buffer.waiting import explained, turn, wait_for
 from megatron_npd.cli import main
 from megatron_npd.errors import UserError
-from megatron_npd.heartbeat import Heartbeat, Sign, clock_oddity, read_signs
 from megatron_npd.launch.exclusive import only_supervisor
 from megatron_npd.launch.journal import FAILURE, RESTART, Journal
 from megatron_npd.launch.leftovers import remove_dead_signs, remove_unfinished
 from megatron_npd.launch.prepare import prepare
 from megatron_npd.launch.status import status
 from megatron_npd.launch.status_text import as_text
-from megatron_npd.observe.durations import duration
-from megatron_npd.observe.metrics import Metrics
+from megatron_npd.process import activity
+from megatron_npd.process.activity import doing, waiting
+from megatron_npd.process.durations import duration
+from megatron_npd.process.heartbeat import Heartbeat, Sign, clock_oddity, read_signs
+from megatron_npd.process.metrics import Metrics
+from megatron_npd.process.waiting import explained, turn, wait_for
 from megatron_npd.run_directory import (
     CHECKPOINT_STATE,
     LATEST_CHECKPOINT,
@@ -141,8 +141,8 @@ def test_waiting_for_ones_turn_is_waiting(tmp_path: Path) -> None:
 _TAKE_A_TURN = """
 import sys, threading, time
 from pathlib import Path
-from megatron_npd import activity
-from megatron_npd.buffer.waiting import turn
+from megatron_npd.process import activity
+from megatron_npd.process.waiting import turn
 
 def tell():
     while activity.current().state == "working":

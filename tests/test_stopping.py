@@ -86,7 +86,7 @@ def descendants(pid: int) -> list[int]:
 
 ASKED_TO_STOP = """
 import os, signal, sys, time
-from megatron_npd import stopping
+from megatron_npd.process import stopping
 
 stopping.install()
 with stopping.deferred():

@@ -24,12 +24,12 @@ from megatron_npd.launch.console import Console
 from megatron_npd.launch.guardian import MARK, marked
 from megatron_npd.launch.journal import Journal, read_journal
 from megatron_npd.launch.leftovers import return_stale_leases
-from megatron_npd.launch.logs import tail
 from megatron_npd.launch.processes import Child, Command, describe_exit, stop
 from megatron_npd.launch.progress import Progress, last_record
 from megatron_npd.launch.roles import Role, roles_of
 from megatron_npd.launch.shift import MAX_RETURNS
-from megatron_npd.observe.metrics import Metrics, read_metrics
+from megatron_npd.process.logs import tail
+from megatron_npd.process.metrics import Metrics, read_metrics
 from megatron_npd.run_directory import RunDirectory, write_atomically, write_json
 
 pytestmark = pytest.mark.slow

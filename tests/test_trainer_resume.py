@@ -20,7 +20,7 @@ from places import SUPPORT
 from safetensors.torch import load_file
 
 from megatron_npd.buffer.versions import published_versions
-from megatron_npd.observe.metrics import read_metrics
+from megatron_npd.process.metrics import read_metrics
 from megatron_npd.run_directory import RunDirectory, read_json
 
 pytestmark = pytest.mark.slow

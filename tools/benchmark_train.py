@@ -38,8 +38,8 @@ from megatron_npd.config import TrainingConfig
 from megatron_npd.data.batch import PackedBatch, TrainingSample, collate
 from megatron_npd.data.cost import CostModel, cost_model
 from megatron_npd.errors import USAGE_STATUS, UserError
+from megatron_npd.hardware.host import cores
 from megatron_npd.hf_config import ModelDims, read_model_dims
-from megatron_npd.host import cores
 from megatron_npd.mcore.acceleration import choose_acceleration
 from megatron_npd.mcore.attention import choose_backend
 from megatron_npd.mcore.model import ModelOptions, build_gpt, named_parameters

@@ -23,7 +23,7 @@ from megatron_npd.estimates.division import Division, Sizes, best_division
 from megatron_npd.estimates.rates import Rates, read_rates
 from megatron_npd.estimates.simulation import ROLES
 from megatron_npd.estimates.workload import workload
-from megatron_npd.observe.durations import duration
+from megatron_npd.process.durations import duration
 
 SIZES = "8,16,32,64,128,256,512,1024"
 

@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from megatron_npd import device
 from megatron_npd.config import Config, load_config
 from megatron_npd.data.batch import lay_out
 from megatron_npd.data.prompts import load_prompt_set
 from megatron_npd.errors import USAGE_STATUS, UserError
+from megatron_npd.hardware import device
 from megatron_npd.hf_config import eos_token_ids, read_model_dims
 from megatron_npd.parallel import Parallel
 from megatron_npd.run_directory import RunDirectory

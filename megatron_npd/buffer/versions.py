@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_npd.errors import BadVersionError
-from megatron_npd.host import cores
+from megatron_npd.hardware.host import cores
 from megatron_npd.run_directory import RunDirectory, read_json, write_json
 
 MANIFEST = "version.json"

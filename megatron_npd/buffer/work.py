@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from megatron_npd.buffer.leases import lease
 from megatron_npd.buffer.listing import unfinished_units
 from megatron_npd.buffer.plan import Stage
-from megatron_npd.buffer.waiting import explained
 from megatron_npd.config import Config
+from megatron_npd.process.waiting import explained
 from megatron_npd.run_directory import RunDirectory
 
 

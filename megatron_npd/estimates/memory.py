@@ -1,7 +1,7 @@
 """Memory of each role's processes, term by term with the formula, from configuration and dimensions alone.
 
 Counted is what one process holds at its fullest moment: on a GPU the device memory that torch takes, on a CPU what the
-kernel cannot take back (`observe.memory`). The terms of activations follow what the layers keep for their backward
+kernel cannot take back (`process.memory`). The terms of activations follow what the layers keep for their backward
 pass, tensor by tensor (`tests/test_memory_estimate.py` counts them in a real model). After Korthikanti et al.,
 arXiv 2205.05198, for SwiGLU, grouped queries and packed sequences, without dropout and without materialised scores.
 """
@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_npd.config import Config, TrainingConfig
-from megatron_npd.device import Device
 from megatron_npd.estimates.parameters import Widths, stage_parameters
+from megatron_npd.hardware.device import Device
 from megatron_npd.hf_config import ModelDims
 
 MIB = 2**20

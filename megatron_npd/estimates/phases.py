@@ -16,7 +16,7 @@ from typing import Any
 from megatron_npd.buffer.plan import Plan
 from megatron_npd.estimates.rates import Rates
 from megatron_npd.estimates.simulation import ANNOTATOR, ROLLOUT, TRAINER, Span, Timeline, Workers
-from megatron_npd.observe.metrics import busy_span
+from megatron_npd.process.metrics import busy_span
 
 Record = dict[str, Any]
 SUPERVISOR, ROLLOUT_TEACHER = "supervisor", "rollout_teacher"
@@ -101,7 +101,7 @@ class RoundsBalance:
 
 
 def measured_course(records: Sequence[Record]) -> Course:
-    """The course of a run that has begun, from its records (`observe.metrics`), by time. What was done again after a
+    """The course of a run that has begun, from its records (`process.metrics`), by time. What was done again after a
     restart counts as often as it was done; from the first process's creation to the last record."""
     pieces = [piece for record in records if (piece := _piece_of_record(record))]
     end = max(record["time"] for record in records)

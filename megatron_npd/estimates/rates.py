@@ -15,7 +15,7 @@ from megatron_npd.buffer.plan import epochs_of
 from megatron_npd.config import Config, load_config
 from megatron_npd.config_section import Section
 from megatron_npd.errors import UserError
-from megatron_npd.observe.metrics import read_metrics
+from megatron_npd.process.metrics import read_metrics
 from megatron_npd.run_directory import HELDOUT_STAGE, WARMUP_STAGE, RunDirectory
 
 Record = dict[str, Any]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from megatron_npd.config import Config
 from megatron_npd.errors import UserError
-from megatron_npd.launch.matrix_rates import MatrixRates, measure_rates
+from megatron_npd.hardware.matrix_rates import MatrixRates, measure_rates
 
 WORTH_IT = 1.2
 """bfloat16 is taken where its matrix products are so many times as fast: it costs precision, so it must pay."""

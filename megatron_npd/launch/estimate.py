@@ -6,18 +6,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_npd.buffer.plan import Plan, make_plan
-from megatron_npd.buffer.waiting import takes_turns
 from megatron_npd.config import Config
-from megatron_npd.device import Device, device_here
 from megatron_npd.estimates.disk import disk_estimate
 from megatron_npd.estimates.division import Sizes, best_division
 from megatron_npd.estimates.memory import RoleMemory, annotator_memory, rollout_memory, trainer_memory
 from megatron_npd.estimates.rates import Rates, read_rates
 from megatron_npd.estimates.simulation import ROLES, Timeline, Workers, simulate
 from megatron_npd.estimates.workload import workload
+from megatron_npd.hardware.device import Device, device_here
 from megatron_npd.hf_config import ModelDims
 from megatron_npd.launch.preflight import Inputs
-from megatron_npd.observe.durations import duration
+from megatron_npd.process.durations import duration
+from megatron_npd.process.waiting import takes_turns
 from megatron_npd.slurm_config import SlurmConfig
 
 

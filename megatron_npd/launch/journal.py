@@ -10,7 +10,7 @@ import contextlib
 import json
 from typing import Any
 
-from megatron_npd.observe.metrics import Metrics
+from megatron_npd.process.metrics import Metrics
 from megatron_npd.run_directory import RunDirectory
 
 SUPERVISOR = "supervisor"

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_npd.buffer.leases import filesystem_time
-from megatron_npd.heartbeat import QUIET_SECONDS, read_signs
+from megatron_npd.process.heartbeat import QUIET_SECONDS, read_signs
 from megatron_npd.run_directory import RunDirectory, read_json
 
 ABANDONED_SECONDS = 3600.0

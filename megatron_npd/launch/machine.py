@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_npd import device, host
-from megatron_npd.buffer.waiting import takes_turns
 from megatron_npd.config import Config
 from megatron_npd.errors import UserError
+from megatron_npd.hardware import device, host
 from megatron_npd.hf_config import ModelDims
 from megatron_npd.launch.estimate import names_slurm, role_memories, size_text
+from megatron_npd.process.waiting import takes_turns
 
 CERTAIN_SHARE = 0.8
 """Of an estimated need, what a machine must have at least: the estimates are within 10 % of what is measured on a CPU

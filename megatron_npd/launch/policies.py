@@ -22,7 +22,7 @@ from megatron_npd.buffer.listing import is_finished
 from megatron_npd.buffer.plan import Plan, make_plan
 from megatron_npd.config import Config
 from megatron_npd.data.prompts import load_prompt_set
-from megatron_npd.parent_death import die_with
+from megatron_npd.process.parent_death import die_with
 from megatron_npd.run_directory import RunDirectory
 
 LOOK_SECONDS = 5.0

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_npd.errors import STORAGE_STATUS
-from megatron_npd.parent_death import die_with
+from megatron_npd.process.parent_death import die_with
 
 POLL_SECONDS = 0.05
 

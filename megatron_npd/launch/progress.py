@@ -9,15 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_npd.activity import WAITING, WORKING
 from megatron_npd.buffer.listing import finished_units
 from megatron_npd.buffer.plan import Plan
-from megatron_npd.heartbeat import read_signs
 from megatron_npd.launch.console import PART
 from megatron_npd.launch.journal import PHASE, Journal
-from megatron_npd.launch.logs import tail
 from megatron_npd.launch.processes import Child
 from megatron_npd.launch.roles import TRAINER
+from megatron_npd.process.activity import WAITING, WORKING
+from megatron_npd.process.heartbeat import read_signs
+from megatron_npd.process.logs import tail
 from megatron_npd.run_directory import HELDOUT_STAGE, RunDirectory
 
 FINISHING = "finishing"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_npd.config import Config
-from megatron_npd.host import cores
+from megatron_npd.hardware.host import cores
 
 PACKAGES = (
     "megatron_npd",

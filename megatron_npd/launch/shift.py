@@ -13,11 +13,11 @@ from megatron_npd.launch.crew import Crew
 from megatron_npd.launch.guardian import Guardian
 from megatron_npd.launch.journal import FAILURE, RESTART, Journal
 from megatron_npd.launch.leftovers import return_stale_leases
-from megatron_npd.launch.logs import first_failed_task, tail
 from megatron_npd.launch.processes import Child
 from megatron_npd.launch.restarts import delay_before_restart, related
 from megatron_npd.launch.roles import Role
 from megatron_npd.launch.watching import HangWatch, storage_trouble
+from megatron_npd.process.logs import first_failed_task, tail
 from megatron_npd.run_directory import RunDirectory
 
 LOOK_SECONDS = 5.0

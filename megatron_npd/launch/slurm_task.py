@@ -16,7 +16,7 @@ from pathlib import Path
 from megatron_npd.config import Config
 from megatron_npd.errors import UserError
 from megatron_npd.launch.slurm_layout import ANNOTATOR, ROLLOUT, TRAINER
-from megatron_npd.observe.metrics import INSTANCE
+from megatron_npd.process.metrics import INSTANCE
 from megatron_npd.run_directory import RunDirectory
 
 NO_GPUS = "none"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_npd.activity import WAITING
-from megatron_npd.observe.durations import duration
+from megatron_npd.process.activity import WAITING
+from megatron_npd.process.durations import duration
 
 _STATES = {"to_come": "", "heldout": "", "training": ", being trained on", "trained": ", trained on"}
 _STATES["collected"] = ", trained on and removed"

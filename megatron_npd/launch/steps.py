@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from megatron_npd.buffer.plan import Plan
 from megatron_npd.config import Config
 from megatron_npd.errors import UserError
-from megatron_npd.heartbeat import STEP as STEP_VARIABLE
 from megatron_npd.launch.console import Console
 from megatron_npd.launch.exclusive import only_supervisor
 from megatron_npd.launch.journal import SUPERVISOR
@@ -23,6 +22,7 @@ from megatron_npd.launch.prepare import open_run
 from megatron_npd.launch.processes import Command
 from megatron_npd.launch.roles import ANNOTATOR, ROLLOUT, TRAINER, Role, roles_of
 from megatron_npd.launch.supervisor import watch_run
+from megatron_npd.process.heartbeat import STEP as STEP_VARIABLE
 from megatron_npd.run_directory import RunDirectory
 
 STEP = "--step"

@@ -16,13 +16,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
-from megatron_npd import activity
 from megatron_npd.buffer.leases import filesystem_time
 from megatron_npd.buffer.plan import Plan, make_plan
 from megatron_npd.config import Config, LaunchConfig
 from megatron_npd.data.prompts import load_prompt_set
-from megatron_npd.device import unused_gpus
-from megatron_npd.heartbeat import clock_oddity
+from megatron_npd.hardware.device import unused_gpus
 from megatron_npd.hf_config import read_model_dims
 from megatron_npd.launch.console import Console
 from megatron_npd.launch.dtype import describe_dtype
@@ -36,7 +34,9 @@ from megatron_npd.launch.processes import Child, stop
 from megatron_npd.launch.progress import Progress
 from megatron_npd.launch.roles import Role, roles_of
 from megatron_npd.launch.shift import Shift
-from megatron_npd.observe.metrics import process_seconds
+from megatron_npd.process import activity
+from megatron_npd.process.heartbeat import clock_oddity
+from megatron_npd.process.metrics import process_seconds
 from megatron_npd.run_directory import RunDirectory
 
 POLL_SECONDS = 0.2

@@ -6,10 +6,10 @@ import socket
 import time
 from dataclasses import dataclass
 
-from megatron_npd.activity import WAITING
 from megatron_npd.buffer.leases import filesystem_time
 from megatron_npd.errors import storage_reason
-from megatron_npd.heartbeat import QUIET_SECONDS, Sign, read_signs
+from megatron_npd.process.activity import WAITING
+from megatron_npd.process.heartbeat import QUIET_SECONDS, Sign, read_signs
 from megatron_npd.run_directory import RunDirectory, probe_writing
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from megatron_npd import device
+from megatron_npd.hardware import device
 
 # Megatron-Core warns at import about every optional GPU package; mcore.cpu and mcore.attention say once what is used.
 warnings.filterwarnings("ignore", module=r"megatron\.core.*")

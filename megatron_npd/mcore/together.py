@@ -9,10 +9,10 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from megatron_npd import stopping
-from megatron_npd.buffer.waiting import explained
 from megatron_npd.mcore.parallel import broadcast_object
 from megatron_npd.parallel import Parallel
+from megatron_npd.process import stopping
+from megatron_npd.process.waiting import explained
 
 T = TypeVar("T")
 
@@ -22,7 +22,7 @@ would time out, and a request to stop would not be heard."""
 
 
 def wait_together(parallel: Parallel, what: str, look: Callable[[], T | None], poll_seconds: float = 0.2) -> T:
-    """`buffer.waiting.wait_for` on the first rank, which alone calls `look`; every rank gets what it found (pickled).
+    """`process.waiting.wait_for` on the first rank, which alone calls `look`; every rank gets what it found (pickled).
 
     Raises:
         Stopped: on every rank, if any rank was asked to stop while requests are deferred.

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_npd import activity
 from megatron_npd.buffer.versions import verified
 from megatron_npd.config import RolloutConfig
 from megatron_npd.hf_config import read_model_dims
+from megatron_npd.process import activity
 from megatron_npd.rollout.start import start_vllm
 from megatron_npd.rollout.update import (
     ServedVersion,

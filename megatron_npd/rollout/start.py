@@ -8,8 +8,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from megatron_npd import device
 from megatron_npd.config import RolloutConfig
+from megatron_npd.hardware import device
 from megatron_npd.rollout.plugin import BACKEND, register
 
 

@@ -17,13 +17,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_npd.activity import doing
 from megatron_npd.buffer.leases import lease
 from megatron_npd.buffer.listing import finished_units, is_finished
 from megatron_npd.buffer.plan import Plan, Stage, make_plan
 from megatron_npd.buffer.shards import Shard, read_or_quarantine, read_shard, write_shard
 from megatron_npd.buffer.versions import published_versions, verified
-from megatron_npd.buffer.waiting import turn, turn_lock
 from megatron_npd.config import Config
 from megatron_npd.data.prompts import load_prompt_set
 from megatron_npd.data.tokenizer import load_tokenizer
@@ -32,8 +30,10 @@ from megatron_npd.hf_config import eos_token_ids, read_model_dims
 from megatron_npd.mcore.attention import choose_backend
 from megatron_npd.mcore.parallel import broadcast_object, device_peak_bytes, initialize, shutdown
 from megatron_npd.mcore.together import wait_together
-from megatron_npd.observe.memory import PeakMemory, release_unused, steady_heap
-from megatron_npd.observe.metrics import Metrics, metrics_file, process_seconds
+from megatron_npd.process.activity import doing
+from megatron_npd.process.memory import PeakMemory, release_unused, steady_heap
+from megatron_npd.process.metrics import Metrics, metrics_file, process_seconds
+from megatron_npd.process.waiting import turn, turn_lock
 from megatron_npd.run_directory import HELDOUT_STAGE, RunDirectory, write_json
 from megatron_npd.schema import TEACHER_VERSION, Verdict
 from megatron_npd.teacher.annotation import annotate_shard

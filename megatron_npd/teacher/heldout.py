@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megatron_npd import activity
 from megatron_npd.data.packing import pack
 from megatron_npd.kernels import forward_kl, token_logprobs, top_token
+from megatron_npd.process import activity
 from megatron_npd.teacher.prefill import Pair, PrefillModel, response_tokens
 
 

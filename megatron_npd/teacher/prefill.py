@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_npd import activity
 from megatron_npd.data.batch import lay_out
 from megatron_npd.data.packing import pack
 from megatron_npd.hf_config import ModelDims, read_model_dims
@@ -27,6 +26,7 @@ from megatron_npd.mcore.model import (
     valid_vocab_columns,
 )
 from megatron_npd.parallel import Parallel
+from megatron_npd.process import activity
 from megatron_npd.weights.load import load_hugging_face
 
 logger = logging.getLogger(__name__)

@@ -17,10 +17,10 @@ import numpy as np
 
 from megatron_npd.buffer.plan import Stage
 from megatron_npd.buffer.shards import ShardFile, read_or_quarantine
-from megatron_npd.buffer.waiting import wait_for
 from megatron_npd.config import Config
 from megatron_npd.data.batch import TrainingSample
 from megatron_npd.errors import UserError
+from megatron_npd.process.waiting import wait_for
 from megatron_npd.run_directory import RunDirectory
 from megatron_npd.schema import TEACHER_VERSION, Verdict
 
@@ -28,7 +28,7 @@ OFFSETS = ("prompt_offsets", "response_offsets", "topk_offsets")
 SMALL_COLUMNS = ("prompt_index", "sample_index", "policy_version", "verdict", *OFFSETS)
 
 Wait = Callable[[str, Callable[[], bool | None], float], object]
-"""What to wait for, looking whether it is there, and how often to look (seconds); as `buffer.waiting.wait_for`."""
+"""What to wait for, looking whether it is there, and how often to look (seconds); as `process.waiting.wait_for`."""
 
 OPEN_FILES = 64
 """Shards a process holds open at most, of the 1,024 files it commonly may."""

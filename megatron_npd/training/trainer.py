@@ -9,12 +9,9 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from megatron_npd import stopping
-from megatron_npd.activity import doing, waiting
 from megatron_npd.buffer.plan import Plan, Stage, epochs_of, make_plan, publishing_step
 from megatron_npd.buffer.retention import retire_stages
 from megatron_npd.buffer.versions import published_versions
-from megatron_npd.buffer.waiting import turn, turn_lock
 from megatron_npd.config import Config
 from megatron_npd.data.batch import PackedBatch, aligned, collate
 from megatron_npd.data.context_parallel import context_parallel_share
@@ -25,8 +22,11 @@ from megatron_npd.mcore.checkpoint import Checkpointer, latest_checkpoint, load_
 from megatron_npd.mcore.optimizer import micro_batch_multiple, train_step
 from megatron_npd.mcore.parallel import barrier, broadcast_object, device_peak_bytes, greatest, shutdown
 from megatron_npd.mcore.together import leave_if_asked, wait_together
-from megatron_npd.observe.memory import PeakMemory, release_unused, steady_heap
-from megatron_npd.observe.metrics import Metrics, process_seconds
+from megatron_npd.process import stopping
+from megatron_npd.process.activity import doing, waiting
+from megatron_npd.process.memory import PeakMemory, release_unused, steady_heap
+from megatron_npd.process.metrics import Metrics, process_seconds
+from megatron_npd.process.waiting import turn, turn_lock
 from megatron_npd.run_directory import WARMUP_STAGE, RunDirectory
 from megatron_npd.schema import TEACHER_VERSION
 from megatron_npd.training.progress import Progress

@@ -21,10 +21,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_npd.buffer.versions import ParityProbe
-from megatron_npd.buffer.waiting import explained
 from megatron_npd.errors import STORAGE_ERRNOS, StorageError, UserError
 from megatron_npd.hf_config import ModelDims
 from megatron_npd.parallel import Parallel
+from megatron_npd.process.waiting import explained
 from megatron_npd.run_directory import RunDirectory
 from megatron_npd.weights.buckets import LARGEST_BUCKET, SMALLEST_BUCKET
 from megatron_npd.weights.completion import AlreadyPublishedError, Target, complete

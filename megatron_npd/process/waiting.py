@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from megatron_npd.activity import waiting
 from megatron_npd.config import Config
-from megatron_npd.host import cores
+from megatron_npd.hardware.host import cores
+from megatron_npd.process.activity import waiting
 from megatron_npd.run_directory import RunDirectory
 
 T = TypeVar("T")

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter
 
-from megatron_npd.observe.metrics import busy_span
+from megatron_npd.process.metrics import busy_span
 from megatron_npd.run_directory import HELDOUT_STAGE, WARMUP_STAGE
 from megatron_npd.schema import Verdict
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from megatron_npd import activity
+from megatron_npd.process import activity
 from megatron_npd.run_directory import RunDirectory
 
 logger = logging.getLogger(__name__)

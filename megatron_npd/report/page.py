@@ -16,8 +16,8 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from megatron_npd.observe.durations import duration
-from megatron_npd.observe.plots import (
+from megatron_npd.process.durations import duration
+from megatron_npd.report.plots import (
     STYLE,
     Record,
     Scores,

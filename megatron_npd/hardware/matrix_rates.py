@@ -13,8 +13,8 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 
-from megatron_npd import device
 from megatron_npd.errors import UserError
+from megatron_npd.hardware import device
 
 ROWS, INNER, COLUMNS = 64, 1024, 512
 """Small enough for a processor that emulates bfloat16 (1 GFLOP/s was seen), large enough for one that has it."""
