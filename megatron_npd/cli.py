@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_npd import __version__
 from megatron_npd.errors import STORAGE_STATUS, USAGE_STATUS, BadVersionError, UserError, storage_reason
@@ -55,17 +55,22 @@ def _say(text: str) -> None:
 
 
 def _run(arguments: Arguments) -> int:
-    from megatron_npd.launch.supervisor import supervise
+    from megatron_npd.supervise.supervisor import supervise
 
-    return supervise(_load(arguments))
+    def conclude(*finished: Any) -> None:
+        from megatron_npd.report.conclusion import conclude  # it draws: not before there is something to draw
+
+        conclude(*finished)
+
+    return supervise(_load(arguments), conclude)
 
 
 def _check(arguments: Arguments) -> None:
-    from megatron_npd.launch.dtype import decide_dtype, describe_dtype
-    from megatron_npd.launch.estimate import estimate, names_slurm
-    from megatron_npd.launch.machine import machine_lines
-    from megatron_npd.launch.preflight import preflight
-    from megatron_npd.launch.prepare import check_directory
+    from megatron_npd.prepare.dtype import decide_dtype, describe_dtype
+    from megatron_npd.prepare.estimate import estimate, names_slurm
+    from megatron_npd.prepare.machine import machine_lines
+    from megatron_npd.prepare.preflight import preflight
+    from megatron_npd.prepare.prepare import check_directory
     from megatron_npd.run_directory import RunDirectory
 
     config = _load(arguments)
@@ -89,8 +94,8 @@ def _check(arguments: Arguments) -> None:
 
 
 def _prepare(arguments: Arguments) -> None:
-    from megatron_npd.launch.dtype import describe_dtype
-    from megatron_npd.launch.prepare import as_prepared, prepare
+    from megatron_npd.prepare.dtype import describe_dtype
+    from megatron_npd.prepare.prepare import as_prepared, prepare
 
     config = _load(arguments)
     print(f"prepared: {prepare(config, in_cluster='SLURM_JOB_ID' in os.environ).root}")
@@ -114,7 +119,7 @@ def _annotator(arguments: Arguments) -> None:
 def _rollout(arguments: Arguments) -> int:
     config = _enter_role(arguments, "rollout")
     if arguments.policy == "all":
-        from megatron_npd.launch.policies import sample_both
+        from megatron_npd.supervise.policies import sample_both
 
         return sample_both(config)
     from megatron_npd.rollout import sidecar
@@ -124,8 +129,8 @@ def _rollout(arguments: Arguments) -> int:
 
 
 def _slurm(arguments: Arguments) -> None:
-    from megatron_npd.launch.slurm_script import render
-    from megatron_npd.launch.slurm_submit import submit
+    from megatron_npd.slurm.script import render
+    from megatron_npd.slurm.submit import submit
 
     config = _load(arguments)
     script = render(config, arguments.config, arguments.set)
@@ -140,14 +145,14 @@ def _slurm(arguments: Arguments) -> None:
 
 
 def _supervise(arguments: Arguments) -> int:
-    from megatron_npd.launch.steps import supervise_steps
+    from megatron_npd.slurm.srun_steps import supervise_steps
 
     return supervise_steps(_load(arguments), arguments.steps)
 
 
 def _report(arguments: Arguments) -> None:
     from megatron_npd.config import load_config
-    from megatron_npd.launch.summary import write_report
+    from megatron_npd.report.summary import write_report
     from megatron_npd.run_directory import RunDirectory
 
     run = RunDirectory(Path(arguments.run))
@@ -158,15 +163,15 @@ def _report(arguments: Arguments) -> None:
 
 
 def _status(arguments: Arguments) -> None:
-    from megatron_npd.launch.status import status
-    from megatron_npd.launch.status_text import as_text
+    from megatron_npd.report.status import status
+    from megatron_npd.report.status_text import as_text
 
     now = status(arguments.run)
     print(json.dumps(now, indent=2, ensure_ascii=False) if arguments.json else as_text(now))
 
 
 def _inspect(arguments: Arguments) -> None:
-    from megatron_npd.launch.inspect import inspect
+    from megatron_npd.report.inspect import inspect
 
     for line in inspect(
         arguments.run,
@@ -181,7 +186,7 @@ def _inspect(arguments: Arguments) -> None:
 
 
 def _load(arguments: Arguments) -> Config:
-    from megatron_npd.launch.prepare import load_run_config
+    from megatron_npd.prepare.prepare import load_run_config
 
     return load_run_config(arguments.config, arguments.set)
 
@@ -192,18 +197,18 @@ def _enter_role(arguments: Arguments, role: str) -> Config:
     import logging
 
     from megatron_npd.hardware import device
-    from megatron_npd.launch.prepare import open_run
-    from megatron_npd.launch.roles import ROLLOUT, role_environment
+    from megatron_npd.prepare.prepare import open_run
     from megatron_npd.process import stopping
     from megatron_npd.process.heartbeat import Heartbeat
     from megatron_npd.process.logs import configure_logging
+    from megatron_npd.supervise.role_work import ROLLOUT, role_environment
 
     config = _load(arguments)
     run = open_run(config)
     for name, value in role_environment(config, role).items():
         os.environ.setdefault(name, value)
     if arguments.slurm:
-        from megatron_npd.launch.slurm_task import task_environment
+        from megatron_npd.slurm.task import task_environment
 
         of_task = task_environment(config, role, arguments.slurm, os.environ)
         if device.VISIBLE in of_task and (unfit := device.gpu_obstacle()):

@@ -2,7 +2,7 @@
 
 A *device* is a GPU; on nodes without GPUs it is the place of one process. Every process of the trainer and of an
 annotator takes one, a rollout sidecar as many as its engine spans (`rollout.tensor_model_parallel_size`). How many
-nodes that takes follows; `launch.slurm_layout` has the rules.
+nodes that takes follows; `slurm.placement` has the rules.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from tiny_tokenizer import TEMPLATE, make_tokenizer
 from megatron_npd.cli import main
 from megatron_npd.config import load_config
 from megatron_npd.data.prompts import load_prompt_set
-from megatron_npd.launch.provenance import provenance
+from megatron_npd.prepare.provenance import provenance
 from megatron_npd.run_directory import RunDirectory, read_json
 
 Refuse = Callable[..., str]
@@ -317,7 +317,7 @@ def test_roles_need_a_prepared_directory(inputs: Inputs, refuse: Refuse) -> None
 
 
 def test_a_copied_run_directory_means_itself(inputs: Inputs, refuse: Refuse) -> None:
-    from megatron_npd.launch.prepare import load_run_config
+    from megatron_npd.prepare.prepare import load_run_config
 
     assert main(["prepare", str(inputs.path)]) == 0
     copy = inputs.root / "copy"

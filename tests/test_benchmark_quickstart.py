@@ -23,7 +23,7 @@ from megatron_npd.estimates.phases import Course, Piece, RoundsBalance, measured
 from megatron_npd.estimates.rates import Rates
 from megatron_npd.estimates.simulation import ANNOTATOR, ROLLOUT, TRAINER, Span, Timeline, simulate
 from megatron_npd.estimates.workload import Workload, workload
-from megatron_npd.launch.estimate import workers_of
+from megatron_npd.prepare.estimate import workers_of
 from megatron_npd.process.metrics import Metrics
 from megatron_npd.run_directory import RunDirectory, write_atomically, write_json
 from megatron_npd.schema import TEACHER_VERSION

@@ -14,10 +14,10 @@ from inputs import Inputs
 from signs import leave_sign
 
 from megatron_npd.buffer.plan import make_plan
-from megatron_npd.launch.console import Console, fitted
-from megatron_npd.launch.journal import Journal
-from megatron_npd.launch.progress import Progress
 from megatron_npd.run_directory import RunDirectory, write_atomically
+from megatron_npd.supervise.console import Console, fitted
+from megatron_npd.supervise.journal import Journal
+from megatron_npd.supervise.progress import Progress
 
 LINE = "npd: round_0000: 1/3 units rolled out | step 3 | trainer: waiting for its turn to compute since 12:00:00"
 

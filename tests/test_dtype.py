@@ -16,9 +16,9 @@ from megatron_npd.cli import main
 from megatron_npd.config import Config, load_config
 from megatron_npd.errors import UserError
 from megatron_npd.hardware.matrix_rates import MatrixRates, measure_rates
-from megatron_npd.launch.dtype import decide_dtype, describe_dtype
-from megatron_npd.launch.prepare import as_prepared, prepare
-from megatron_npd.launch.summary import write_report
+from megatron_npd.prepare.dtype import decide_dtype, describe_dtype
+from megatron_npd.prepare.prepare import as_prepared, prepare
+from megatron_npd.report.summary import write_report
 
 RICH, POOR = MatrixRates("cpu", 150.0, 700.0), MatrixRates("cpu", 140.0, 1.4)
 AMPERE, TURING = MatrixRates("NVIDIA A100"), MatrixRates("Tesla T4", has_bfloat16=False)
@@ -147,7 +147,7 @@ def test_role_started_by_hand_takes_the_runs_dtype(inputs: Inputs) -> None:
     """With the user's own file, in which the dtype is still open."""
     prepared(inputs, "float32")
     inputs.set("models.dtype", "auto")
-    code = "from megatron_npd.launch.prepare import load_run_config as load, open_run; import sys\n"
+    code = "from megatron_npd.prepare.prepare import load_run_config as load, open_run; import sys\n"
     code += "config = load(sys.argv[1]); open_run(config); print(config.models.dtype)"
     done = subprocess.run(
         [sys.executable, "-c", code, str(inputs.path)], capture_output=True, text=True, check=True, env=os.environ

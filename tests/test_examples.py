@@ -17,10 +17,10 @@ from megatron_npd.buffer.versions import published_versions, verify_version
 from megatron_npd.cli import main
 from megatron_npd.config import load_config
 from megatron_npd.hf_config import read_model_dims
-from megatron_npd.launch.dtype import decide_dtype
-from megatron_npd.launch.estimate import role_memories
-from megatron_npd.launch.slurm_layout import slurm_layout
-from megatron_npd.launch.slurm_script import render
+from megatron_npd.prepare.dtype import decide_dtype
+from megatron_npd.prepare.estimate import role_memories
+from megatron_npd.slurm.placement import slurm_layout
+from megatron_npd.slurm.script import render
 
 MEMORY = {
     "trainer": ("parameters", "gradients", "Adam's moments", "main weights", "activations", "logits"),

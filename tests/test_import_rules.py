@@ -33,8 +33,9 @@ LEVELS = [
     ("data", "buffer", "selection"),
     ("kernels", "mcore", "rollout", "weights"),
     ("teacher", "training", "conversion", "estimates"),
-    ("report",),
-    ("launch",),
+    ("prepare",),
+    ("supervise",),
+    ("slurm", "report"),
     ("cli",),
 ]
 """Parts of the package from bottom to top. A part imports lower ones only; those of level 0 also each other."""

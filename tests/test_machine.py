@@ -11,9 +11,9 @@ from megatron_npd.cli import main
 from megatron_npd.hardware import host
 from megatron_npd.hardware.device import environment_device
 from megatron_npd.hf_config import read_model_dims
-from megatron_npd.launch import supervisor
-from megatron_npd.launch.machine import check_machine
+from megatron_npd.prepare.machine import check_machine
 from megatron_npd.process.waiting import takes_turns
+from megatron_npd.supervise import supervisor
 
 MIB = 2**20
 pytestmark = pytest.mark.skipif(environment_device() != "cpu", reason="roles on GPUs need little of this memory")

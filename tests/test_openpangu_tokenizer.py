@@ -15,7 +15,7 @@ from megatron_npd.config import Config
 from megatron_npd.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from megatron_npd.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_npd.errors import UserError
-from megatron_npd.launch.preflight import preflight
+from megatron_npd.prepare.preflight import preflight
 from megatron_npd.teacher.prefix import unconditional_prefix
 
 VOCAB_SIZE = 420
@@ -242,7 +242,7 @@ def test_control_tokens_in_a_prompts_words_act_and_are_spoken_of(
     tokenizer: Tokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """They act as they do behind every server that the student may run on, and as trusted code has it."""
-    from megatron_npd.launch.prompts import tokenised_splits
+    from megatron_npd.prepare.tokenise import tokenised_splits
 
     write_prompts(tmp_path / "train", {"clean": "hello", "odd": "what is [unused10] for?"})
     write_prompts(tmp_path / "heldout", {"h": "bye"})

@@ -13,9 +13,9 @@ from inputs import Inputs
 from supervised import alive, wait_until
 
 from megatron_npd.buffer.plan import Plan, make_plan
-from megatron_npd.launch.policies import next_policy
-from megatron_npd.launch.prepare import prepare
+from megatron_npd.prepare.prepare import prepare
 from megatron_npd.run_directory import RunDirectory
+from megatron_npd.supervise.policies import next_policy
 
 
 @pytest.fixture

@@ -16,13 +16,13 @@ from supervised import SLEEP, alive, python, role, run, until_supervisor_says, w
 
 from megatron_npd.config import LaunchConfig
 from megatron_npd.errors import STORAGE_STATUS
-from megatron_npd.launch import shift
-from megatron_npd.launch.crew import Crew
-from megatron_npd.launch.journal import read_journal
-from megatron_npd.launch.processes import Child, Command
-from megatron_npd.launch.restarts import Failure, delay_before_restart, related
-from megatron_npd.launch.roles import Role
 from megatron_npd.run_directory import RunDirectory, write_json
+from megatron_npd.supervise import shift
+from megatron_npd.supervise.children import Child, Command
+from megatron_npd.supervise.crew import Crew
+from megatron_npd.supervise.journal import read_journal
+from megatron_npd.supervise.restarts import Failure, delay_before_restart, related
+from megatron_npd.supervise.role_work import Role
 
 pytestmark = pytest.mark.slow
 

@@ -155,7 +155,7 @@ import os, sys
 import torch
 import torch.distributed as dist
 from megatron_npd.config import load_config
-from megatron_npd.launch.slurm_task import task_environment
+from megatron_npd.slurm.task import task_environment
 from megatron_npd.mcore.parallel import initialize, shutdown
 
 os.environ.update(task_environment(load_config(sys.argv[1]), "trainer", "none", os.environ))

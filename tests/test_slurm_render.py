@@ -15,11 +15,11 @@ import tomli_w
 from megatron_npd.cli import main
 from megatron_npd.config import Config, load_config
 from megatron_npd.errors import UserError
-from megatron_npd.launch.slurm_layout import Layout, slurm_layout
-from megatron_npd.launch.slurm_options import seconds_of
-from megatron_npd.launch.slurm_script import render
-from megatron_npd.launch.slurm_task import own_address, task_environment
-from megatron_npd.launch.steps import parse_steps
+from megatron_npd.slurm.options import seconds_of
+from megatron_npd.slurm.placement import Layout, slurm_layout
+from megatron_npd.slurm.script import render
+from megatron_npd.slurm.srun_steps import parse_steps
+from megatron_npd.slurm.task import own_address, task_environment
 
 SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
 SetConfig = Callable[..., Config]

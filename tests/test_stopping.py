@@ -18,20 +18,20 @@ from inputs import Inputs, write_prompts
 from supervised import alive, wait_until
 
 from megatron_npd.buffer.versions import published_versions, verify_version
-from megatron_npd.launch.guardian import MARK, marked
-from megatron_npd.launch.progress import last_record
-from megatron_npd.launch.resume_point import resume_point
 from megatron_npd.run_directory import RunDirectory
+from megatron_npd.supervise.guardian import MARK, marked
+from megatron_npd.supervise.progress import last_record
+from megatron_npd.supervise.resume_point import resume_point
 
 pytestmark = pytest.mark.slow
 
 SUPERVISOR = """
 import sys, tempfile
 from pathlib import Path
-from megatron_npd.launch.console import Console
-from megatron_npd.launch.prepare import load_run_config
-from megatron_npd.launch.roles import TRAINER, roles_of
-from megatron_npd.launch.supervisor import watch_run
+from megatron_npd.supervise.console import Console
+from megatron_npd.prepare.prepare import load_run_config
+from megatron_npd.supervise.role_work import TRAINER, roles_of
+from megatron_npd.supervise.supervisor import watch_run
 from megatron_npd.run_directory import RunDirectory
 
 config = load_run_config(sys.argv[1])

@@ -20,17 +20,17 @@ from supervised import SLEEP, WITH_GRANDCHILD, alive, pids_in, python, role, run
 
 from megatron_npd.buffer.plan import make_plan
 from megatron_npd.cli import main
-from megatron_npd.launch.console import Console
-from megatron_npd.launch.guardian import MARK, marked
-from megatron_npd.launch.journal import Journal, read_journal
-from megatron_npd.launch.leftovers import return_stale_leases
-from megatron_npd.launch.processes import Child, Command, describe_exit, stop
-from megatron_npd.launch.progress import Progress, last_record
-from megatron_npd.launch.roles import Role, roles_of
-from megatron_npd.launch.shift import MAX_RETURNS
 from megatron_npd.process.logs import tail
 from megatron_npd.process.metrics import Metrics, read_metrics
 from megatron_npd.run_directory import RunDirectory, write_atomically, write_json
+from megatron_npd.supervise.children import Child, Command, describe_exit, stop
+from megatron_npd.supervise.console import Console
+from megatron_npd.supervise.guardian import MARK, marked
+from megatron_npd.supervise.journal import Journal, read_journal
+from megatron_npd.supervise.leftovers import return_stale_leases
+from megatron_npd.supervise.progress import Progress, last_record
+from megatron_npd.supervise.role_work import Role, roles_of
+from megatron_npd.supervise.shift import MAX_RETURNS
 
 pytestmark = pytest.mark.slow
 
@@ -134,11 +134,11 @@ SUPERVISOR = """
 import sys
 from pathlib import Path
 from megatron_npd.config import LaunchConfig
-from megatron_npd.launch.console import Console
-from megatron_npd.launch.journal import Journal
-from megatron_npd.launch.processes import Command
-from megatron_npd.launch.roles import Role
-from megatron_npd.launch.supervisor import watch
+from megatron_npd.supervise.console import Console
+from megatron_npd.supervise.journal import Journal
+from megatron_npd.supervise.children import Command
+from megatron_npd.supervise.role_work import Role
+from megatron_npd.supervise.supervisor import watch
 from megatron_npd.run_directory import RunDirectory
 
 folder, code = Path(sys.argv[1]), sys.argv[2]

@@ -17,7 +17,7 @@ from tiny_models import make_llama, publish
 from megatron_npd.buffer.shards import write_shard
 from megatron_npd.buffer.versions import verified
 from megatron_npd.errors import BadVersionError
-from megatron_npd.launch.prepare import prepare
+from megatron_npd.prepare.prepare import prepare
 
 WEIGHTS = "model.safetensors"
 

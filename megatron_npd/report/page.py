@@ -38,7 +38,7 @@ def render_report(summary: dict[str, Any], records: list[Record], scores: Scores
     """Write the page.
 
     Args:
-        summary: of `launch.summary.summarise`; any value may be None or absent.
+        summary: of `report.summary.summarise`; any value may be None or absent.
         records: metrics of all roles, by time.
         scores: `ifd_teacher`, `ifd_student`, `delta_ifd` float64 [N], `verdict` uint8 [N], `round` int64 [N].
         path: `report.html`; it appears whole or stays as it was.

@@ -12,7 +12,7 @@ from megatron_npd.buffer.plan import Stage, make_plan
 from megatron_npd.buffer.shards import Shard, concatenate_ragged, write_shard
 from megatron_npd.config import Config
 from megatron_npd.data.prompts import load_prompt_set
-from megatron_npd.launch.prepare import prepare
+from megatron_npd.prepare.prepare import prepare
 from megatron_npd.run_directory import RunDirectory
 from megatron_npd.schema import COLUMNS, Verdict
 

@@ -10,12 +10,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_npd.config import LaunchConfig
-from megatron_npd.launch.console import Console
-from megatron_npd.launch.journal import Journal
-from megatron_npd.launch.processes import Command
-from megatron_npd.launch.roles import Role
-from megatron_npd.launch.supervisor import watch
 from megatron_npd.run_directory import RunDirectory
+from megatron_npd.supervise.children import Command
+from megatron_npd.supervise.console import Console
+from megatron_npd.supervise.journal import Journal
+from megatron_npd.supervise.role_work import Role
+from megatron_npd.supervise.supervisor import watch
 
 SLEEP = "import time; time.sleep(60)"
 WITH_GRANDCHILD = """

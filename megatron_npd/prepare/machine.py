@@ -9,7 +9,7 @@ from megatron_npd.config import Config
 from megatron_npd.errors import UserError
 from megatron_npd.hardware import device, host
 from megatron_npd.hf_config import ModelDims
-from megatron_npd.launch.estimate import names_slurm, role_memories, size_text
+from megatron_npd.prepare.estimate import names_slurm, role_memories, size_text
 from megatron_npd.process.waiting import takes_turns
 
 CERTAIN_SHARE = 0.8

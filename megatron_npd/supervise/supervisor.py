@@ -22,30 +22,32 @@ from megatron_npd.config import Config, LaunchConfig
 from megatron_npd.data.prompts import load_prompt_set
 from megatron_npd.hardware.device import unused_gpus
 from megatron_npd.hf_config import read_model_dims
-from megatron_npd.launch.console import Console
-from megatron_npd.launch.dtype import describe_dtype
-from megatron_npd.launch.exclusive import only_supervisor
-from megatron_npd.launch.guardian import Guardian
-from megatron_npd.launch.journal import START, STOP, SUPERVISOR, Journal
-from megatron_npd.launch.leftovers import remove_dead_signs, remove_unfinished, return_stale_leases
-from megatron_npd.launch.machine import check_machine
-from megatron_npd.launch.prepare import as_prepared, check_directory, prepare
-from megatron_npd.launch.processes import Child, stop
-from megatron_npd.launch.progress import Progress
-from megatron_npd.launch.roles import Role, roles_of
-from megatron_npd.launch.shift import Shift
+from megatron_npd.prepare.dtype import describe_dtype
+from megatron_npd.prepare.machine import check_machine
+from megatron_npd.prepare.prepare import as_prepared, check_directory, prepare
 from megatron_npd.process import activity
 from megatron_npd.process.heartbeat import clock_oddity
 from megatron_npd.process.metrics import process_seconds
 from megatron_npd.run_directory import RunDirectory
+from megatron_npd.supervise.children import Child, stop
+from megatron_npd.supervise.console import Console
+from megatron_npd.supervise.exclusive import only_supervisor
+from megatron_npd.supervise.guardian import Guardian
+from megatron_npd.supervise.journal import START, STOP, SUPERVISOR, Journal
+from megatron_npd.supervise.leftovers import remove_dead_signs, remove_unfinished, return_stale_leases
+from megatron_npd.supervise.progress import Progress
+from megatron_npd.supervise.role_work import Role, roles_of
+from megatron_npd.supervise.shift import Shift
 
 POLL_SECONDS = 0.2
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 REASONS = {signal.SIGUSR1: "the time limit is near: ", signal.SIGHUP: "the terminal is gone: "}
 
 
-def supervise(config: Config) -> int:
+def supervise(config: Config, conclude: Callable[[RunDirectory, Config, Callable[[str], None]], None]) -> int:
     """Prepare and run everything on this machine; returns the exit status of `npd run`.
+
+    `conclude`: called when all is done, with a function that says a line (`report.conclusion.conclude`).
 
     Raises:
         UserError: the inputs are refused (see `prepare`), this machine cannot hold the roles (see `check_machine`), or
@@ -66,7 +68,7 @@ def supervise(config: Config) -> int:
                 console.say(line)
         status = watch_run(run, config, console, lambda plan: roles_of(config, run, plan, Path(scratch)))
         if status == 0:
-            _conclude(run, config, console)
+            conclude(run, config, console.say)
         return status
 
 
@@ -131,22 +133,6 @@ def _clean_up(run: RunDirectory, console: Console) -> None:
         console.say(f"removed {removed} files and folders that processes long gone had begun to write")
     if odd := clock_oddity(time.time() - filesystem_time(run.root)):
         console.say(odd)
-
-
-def _conclude(run: RunDirectory, config: Config, console: Console) -> None:
-    from megatron_npd.launch.summary import write_report  # draws: not imported by commands that do not report
-
-    with activity.doing("writing the report"):
-        summary = write_report(run, config)
-    before, after = summary.get("heldout_kl_before"), summary.get("heldout_kl_after")
-    if before is not None and after is not None:
-        console.say(f"held-out KL(teacher || student): {before:.4f} before, {after:.4f} after, nats a token")
-    console.say(
-        f"{summary.get('rollouts_generated')} responses, {summary.get('rollouts_kept')} kept, "
-        f"{summary.get('optimizer_steps')} optimizer steps"
-    )
-    console.say(f"student: {run.student if run.student.is_dir() else run.weights}")
-    console.say(f"report:  {run.report}")
 
 
 @contextlib.contextmanager

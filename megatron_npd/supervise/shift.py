@@ -8,17 +8,17 @@ from collections.abc import Callable, Sequence
 
 from megatron_npd.config import LaunchConfig
 from megatron_npd.errors import NODE_LOST_STATUS, USAGE_STATUS, storage_reason
-from megatron_npd.launch.console import Console
-from megatron_npd.launch.crew import Crew
-from megatron_npd.launch.guardian import Guardian
-from megatron_npd.launch.journal import FAILURE, RESTART, Journal
-from megatron_npd.launch.leftovers import return_stale_leases
-from megatron_npd.launch.processes import Child
-from megatron_npd.launch.restarts import delay_before_restart, related
-from megatron_npd.launch.roles import Role
-from megatron_npd.launch.watching import HangWatch, storage_trouble
 from megatron_npd.process.logs import first_failed_task, tail
 from megatron_npd.run_directory import RunDirectory
+from megatron_npd.supervise.children import Child
+from megatron_npd.supervise.console import Console
+from megatron_npd.supervise.crew import Crew
+from megatron_npd.supervise.guardian import Guardian
+from megatron_npd.supervise.journal import FAILURE, RESTART, Journal
+from megatron_npd.supervise.leftovers import return_stale_leases
+from megatron_npd.supervise.restarts import delay_before_restart, related
+from megatron_npd.supervise.role_work import Role
+from megatron_npd.supervise.watching import HangWatch, storage_trouble
 
 LOOK_SECONDS = 5.0
 """How often is looked whether a role that has left is needed again, and whether one hangs."""

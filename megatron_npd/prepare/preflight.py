@@ -8,8 +8,8 @@ from pathlib import Path
 
 from megatron_npd.config import Config
 from megatron_npd.errors import UserError
-from megatron_npd.launch.checkpoint import Checkpoint, check_checkpoint
-from megatron_npd.launch.prompts import TokenisedPrompts, shared_tokenizer, tokenised_splits
+from megatron_npd.prepare.hf_checkpoint import Checkpoint, check_checkpoint
+from megatron_npd.prepare.tokenise import TokenisedPrompts, shared_tokenizer, tokenised_splits
 from megatron_npd.teacher.prefix import unconditional_prefix
 
 logger = logging.getLogger(__name__)

@@ -31,12 +31,12 @@ from megatron_npd.buffer.versions import published_versions
 from megatron_npd.config import Config, load_config
 from megatron_npd.data.prompts import load_prompt_set
 from megatron_npd.errors import UserError
-from megatron_npd.launch.journal import FAILURE, RESTART, read_journal
-from megatron_npd.launch.progress import last_record
-from megatron_npd.launch.resume_point import ResumePoint, resume_point
-from megatron_npd.launch.roles import TRAINER
 from megatron_npd.process.heartbeat import QUIET_SECONDS, Sign, read_signs
 from megatron_npd.run_directory import HELDOUT_STAGE, RunDirectory, read_json
+from megatron_npd.supervise.journal import FAILURE, RESTART, read_journal
+from megatron_npd.supervise.progress import last_record
+from megatron_npd.supervise.resume_point import ResumePoint, resume_point
+from megatron_npd.supervise.role_work import TRAINER
 
 
 def status(run_dir: str | Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 Every step is a role's part on some nodes. One that fails is started again; one whose node has left the job, or that
 keeps failing, is done without as long as the role has others. The batch script says what the steps are
-(`launch.slurm_script`).
+(`slurm.script`).
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from dataclasses import dataclass, replace
 from megatron_npd.buffer.plan import Plan
 from megatron_npd.config import Config
 from megatron_npd.errors import UserError
-from megatron_npd.launch.console import Console
-from megatron_npd.launch.exclusive import only_supervisor
-from megatron_npd.launch.journal import SUPERVISOR
-from megatron_npd.launch.prepare import open_run
-from megatron_npd.launch.processes import Command
-from megatron_npd.launch.roles import ANNOTATOR, ROLLOUT, TRAINER, Role, roles_of
-from megatron_npd.launch.supervisor import watch_run
+from megatron_npd.prepare.prepare import open_run
 from megatron_npd.process.heartbeat import STEP as STEP_VARIABLE
 from megatron_npd.run_directory import RunDirectory
+from megatron_npd.supervise.children import Command
+from megatron_npd.supervise.console import Console
+from megatron_npd.supervise.exclusive import only_supervisor
+from megatron_npd.supervise.journal import SUPERVISOR
+from megatron_npd.supervise.role_work import ANNOTATOR, ROLLOUT, TRAINER, Role, roles_of
+from megatron_npd.supervise.supervisor import watch_run
 
 STEP = "--step"
 SLURM_SECONDS = 60.0

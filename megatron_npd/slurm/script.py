@@ -8,9 +8,9 @@ from pathlib import Path
 
 from megatron_npd.config import Config
 from megatron_npd.errors import NODE_LOST_STATUS
-from megatron_npd.launch.slurm_layout import ROLLOUT, Component, Layout, Step, slurm_layout
-from megatron_npd.launch.slurm_options import check
-from megatron_npd.launch.slurm_task import NO_GPUS
+from megatron_npd.slurm.options import check
+from megatron_npd.slurm.placement import ROLLOUT, Component, Layout, Step, slurm_layout
+from megatron_npd.slurm.task import NO_GPUS
 
 SCRIPT = r"""
 

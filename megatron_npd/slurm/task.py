@@ -1,7 +1,7 @@
 """What a task of an srun step must know before it works: its rank, its devices, and where its peers meet.
 
 Slurm gives every step of this package all GPUs of its nodes, and the batch script says which of them a step may use
-(`launch.slurm_layout`). So a task sees no GPU of another role, and its local rank counts from 0.
+(`slurm.placement`). So a task sees no GPU of another role, and its local rank counts from 0.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from pathlib import Path
 
 from megatron_npd.config import Config
 from megatron_npd.errors import UserError
-from megatron_npd.launch.slurm_layout import ANNOTATOR, ROLLOUT, TRAINER
 from megatron_npd.process.metrics import INSTANCE
 from megatron_npd.run_directory import RunDirectory
+from megatron_npd.slurm.placement import ANNOTATOR, ROLLOUT, TRAINER
 
 NO_GPUS = "none"
 LOOPBACK = "lo"

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from megatron_npd.errors import STORAGE_STATUS, USAGE_STATUS, storage_reason
-from megatron_npd.launch.processes import Child, describe_exit, stop
-from megatron_npd.launch.restarts import Failure
-from megatron_npd.launch.roles import Role
+from megatron_npd.supervise.children import Child, describe_exit, stop
+from megatron_npd.supervise.restarts import Failure
+from megatron_npd.supervise.role_work import Role
 
 END_SECONDS = 5.0
 """How long the other ranks of a role may take to leave when one has failed: without it they can save nothing."""

@@ -9,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import megatron_npd
 from megatron_npd.config import Config
 from megatron_npd.hardware.host import cores
 
@@ -51,14 +52,14 @@ def _package_versions() -> dict[str, str]:
 def _git_state() -> dict[str, Any]:
     """`git_commit` and `git_dirty`; None for both where this package is not part of a git checkout."""
     # A package installed into an environment inside some other checkout is not tracked by it: that commit says nothing.
-    if _git("ls-files", "--error-unmatch", "config.py") is None:
+    if _git("ls-files", "--error-unmatch", "__init__.py") is None:
         return {"git_commit": None, "git_dirty": None}
     return {"git_commit": _git("rev-parse", "HEAD"), "git_dirty": bool(_git("status", "--porcelain", "--", "."))}
 
 
 def _git(*arguments: str) -> str | None:
     """Output of a git command in this package's folder, or None where it fails or there is no git."""
-    package = Path(__file__).resolve().parent.parent
+    package = Path(megatron_npd.__file__).resolve().parent
     try:
         return subprocess.run(
             ["git", "-C", str(package), *arguments], capture_output=True, text=True, check=True, timeout=10

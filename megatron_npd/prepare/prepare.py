@@ -14,9 +14,9 @@ from typing import Any
 from megatron_npd.config import Config, load_config
 from megatron_npd.data.prompts import save_prompt_set
 from megatron_npd.errors import UserError
-from megatron_npd.launch.dtype import decide_dtype
-from megatron_npd.launch.preflight import check_models, preflight
-from megatron_npd.launch.provenance import provenance
+from megatron_npd.prepare.dtype import decide_dtype
+from megatron_npd.prepare.preflight import check_models, preflight
+from megatron_npd.prepare.provenance import provenance
 from megatron_npd.run_directory import RunDirectory, write_atomically, write_json
 
 UNFINISHED = re.compile(r"prompts|provenance\.json|\..+\.tmp")

@@ -1,0 +1,25 @@
+"""The last words of `npd run`: the report is written, and its chief figures are said."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from megatron_npd.config import Config
+from megatron_npd.process import activity
+from megatron_npd.report.summary import write_report
+from megatron_npd.run_directory import RunDirectory
+
+
+def conclude(run: RunDirectory, config: Config, say: Callable[[str], None]) -> None:
+    """Write the report of a finished run and `say`, line by line, what became of it."""
+    with activity.doing("writing the report"):
+        summary = write_report(run, config)
+    before, after = summary.get("heldout_kl_before"), summary.get("heldout_kl_after")
+    if before is not None and after is not None:
+        say(f"held-out KL(teacher || student): {before:.4f} before, {after:.4f} after, nats a token")
+    say(
+        f"{summary.get('rollouts_generated')} responses, {summary.get('rollouts_kept')} kept, "
+        f"{summary.get('optimizer_steps')} optimizer steps"
+    )
+    say(f"student: {run.student if run.student.is_dir() else run.weights}")
+    say(f"report:  {run.report}")
