@@ -112,6 +112,6 @@ setup(
     },
     entry_points={
         "console_scripts": ["npd=megatron_npd.cli:main"],
-        "vllm.general_plugins": ["megatron_npd=megatron_npd.rollout.plugin:register"],
+        "vllm.general_plugins": ["megatron_npd=megatron_npd.vllm_engine.plugin:register"],
     },
 )

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import settings
 from inputs import Inputs
 
+from megatron_npd.distributed.parallel import Parallel
 from megatron_npd.hardware import device
-from megatron_npd.parallel import Parallel
 
 pytest.register_assert_rewrite("finished_run", "megatron_runs", "npd_runs")  # they assert on behalf of tests
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -32,7 +32,7 @@ settings.load_profile("npd")
 @pytest.fixture(scope="module")
 def parallel() -> Iterator[Parallel]:
     """Megatron's groups, of this process alone."""
-    from megatron_npd.mcore.parallel import initialize, shutdown
+    from megatron_npd.mcore.model_parallel import initialize, shutdown
 
     yield initialize()
     shutdown()
@@ -41,7 +41,7 @@ def parallel() -> Iterator[Parallel]:
 @pytest.fixture(scope="session")
 def engines_live_on() -> Iterator[None]:
     """Keep every vLLM engine of this process: deleting one tears down what vLLM shares between them."""
-    from megatron_npd.rollout.engine import RolloutEngine
+    from megatron_npd.vllm_engine.engine import RolloutEngine
 
     engines, make = [], RolloutEngine.__init__
 

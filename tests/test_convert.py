@@ -119,7 +119,7 @@ def peak_anonymous_bytes(*arguments: object, stderr: int = subprocess.DEVNULL) -
 
 def test_memory_is_that_of_a_layer(tmp_path: Path) -> None:
     """340 MB of weights take little more than 1 MB of weights; a terminal gets a progress bar."""
-    from megatron_npd.mcore.parallel import initialize, shutdown
+    from megatron_npd.mcore.model_parallel import initialize, shutdown
 
     make_llama(tmp_path / "tiny", 0)
     tool("benchmark_weights").make_checkpoint(tmp_path / "small", "small", torch.bfloat16, initialize())
@@ -164,7 +164,7 @@ def test_verify(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """It passes, says where it cannot compare logits, and fails where they differ or are not numbers."""
     from megatron_npd.conversion.verify import MismatchError, compare_logits, compare_tensors
     from megatron_npd.hf_config import read_model_dims
-    from megatron_npd.mcore.parallel import initialize, shutdown
+    from megatron_npd.mcore.model_parallel import initialize, shutdown
 
     original = make_model("qwen3", tmp_path / "hf", 3)
     convert("hf-to-megatron", "--input", original, "--output", tmp_path / "megatron", "--verify", "1,2,3;4,5")

@@ -155,14 +155,14 @@ def test_gpus_that_slurm_gives_are_refused_by_a_role_that_would_not_use_them(
 
 
 @IN_CPU_ENVIRONMENT
-@pytest.mark.parametrize("door", ["mcore", "rollout.start"])
+@pytest.mark.parametrize("door", ["mcore", "vllm_engine.start"])
 def test_whoever_comes_through_a_door_sees_no_gpu(door: str) -> None:
     """The pretended GPU is there, until the package is asked to compute."""
     ask = "import torch; print(torch.cuda.is_available())"
     assert on_a_workstation("-c", ask).stdout == "True\n"
     enter = {
         "mcore": "import megatron_npd.mcore",
-        "rollout.start": "from megatron_npd.rollout.start import _prepare_environment as p; print(p(1))",
+        "vllm_engine.start": "from megatron_npd.vllm_engine.start import _prepare_environment as p; print(p(1))",
     }
     done = on_a_workstation("-c", f"{enter[door]}; {ask}")
     assert done.stdout.split()[-1] == "False", done.stderr[-2000:]

@@ -13,7 +13,6 @@ from npd_runs import npd, run_trainer
 from places import EXAMPLES
 from scaled_examples import NAMES
 
-from megatron_npd.buffer.versions import published_versions, verify_version
 from megatron_npd.cli import main
 from megatron_npd.config import load_config
 from megatron_npd.hf_config import read_model_dims
@@ -21,6 +20,7 @@ from megatron_npd.prepare.dtype import decide_dtype
 from megatron_npd.prepare.estimate import role_memories
 from megatron_npd.slurm.placement import slurm_layout
 from megatron_npd.slurm.script import render
+from megatron_npd.versions.manifest import published_versions, verify_version
 
 MEMORY = {
     "trainer": ("parameters", "gradients", "Adam's moments", "main weights", "activations", "logits"),

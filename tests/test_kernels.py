@@ -24,8 +24,8 @@ from loss_problem import (
     use_implementation,
 )
 
+from megatron_npd.distributed.parallel import SINGLE, Parallel
 from megatron_npd.kernels import ce_topk_kl, forward_kl, token_logprobs, top_token, topk_logprobs
-from megatron_npd.parallel import SINGLE, Parallel
 
 
 @pytest.fixture(autouse=True, params=["fused", "reference"])

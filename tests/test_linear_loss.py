@@ -10,9 +10,9 @@ import torch
 from loss_problem import LAYOUTS, TAILS, TOKENS, VOCAB, Problem, on_ranks, relative_error, shard_of, use_implementation
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_npd.distributed.parallel import SINGLE, Parallel
 from megatron_npd.kernels import LinearLosses, ce_topk_kl, linear_ce_topk_kl
 from megatron_npd.kernels.vocab_parallel import CHUNK
-from megatron_npd.parallel import SINGLE, Parallel
 
 HIDDEN = 16
 KD_LAMBDA = 0.9

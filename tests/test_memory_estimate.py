@@ -18,6 +18,7 @@ from tiny_models import make_model
 
 from megatron_npd.buffer.plan import make_plan
 from megatron_npd.config import Config
+from megatron_npd.distributed.parallel import Parallel
 from megatron_npd.estimates import memory
 from megatron_npd.estimates.disk import disk_estimate
 from megatron_npd.estimates.memory import (
@@ -29,7 +30,6 @@ from megatron_npd.estimates.memory import (
 from megatron_npd.estimates.parameters import Widths, layer_parameters, stage_parameters
 from megatron_npd.estimates.rates import SampleRates
 from megatron_npd.hf_config import ModelDims, read_model_dims
-from megatron_npd.parallel import Parallel
 from megatron_npd.schema import COLUMNS
 
 DIMS = ModelDims(

@@ -17,8 +17,8 @@ import pytest
 import torch
 from loss_problem import K, Problem, on_ranks, relative_error, shard_of
 
+from megatron_npd.distributed.parallel import SINGLE, Parallel
 from megatron_npd.kernels import native, segment_sum, token_logprobs, topk_logprobs
-from megatron_npd.parallel import SINGLE, Parallel
 
 pytestmark = pytest.mark.skipif(not native.run_on("cpu"), reason="the fused operators are not built: see the log")
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_npd.distributed.parallel import SINGLE
 from megatron_npd.errors import UserError
 from megatron_npd.kernels import build, native, token_logprobs
-from megatron_npd.parallel import SINGLE
 
 LOGITS, TARGETS = torch.randn(3, 9), torch.arange(3)
 SWITCHES = ("NPD_REQUIRE_KERNELS", "NPD_DISABLE_KERNELS", "NPD_CPU_ISA")

@@ -18,16 +18,16 @@ from places import TOOLS
 from safetensors.torch import load_file
 
 from megatron_npd.buffer.plan import make_plan
-from megatron_npd.buffer.versions import published_versions, verify_version
 from megatron_npd.config import load_config
+from megatron_npd.distributed.parallel import Parallel
 from megatron_npd.estimates.rates import read_rates
 from megatron_npd.estimates.simulation import simulate
 from megatron_npd.estimates.workload import workload
 from megatron_npd.hf_config import read_model_dims
-from megatron_npd.parallel import Parallel
 from megatron_npd.prepare.estimate import role_memories, workers_of
 from megatron_npd.process.metrics import read_metrics
 from megatron_npd.run_directory import RunDirectory, read_json
+from megatron_npd.versions.manifest import published_versions, verify_version
 
 pytestmark = pytest.mark.slow
 VERIFY = TOOLS / "verify_student.py"

@@ -19,13 +19,13 @@ from open_files import open_files
 from safetensors.torch import load_file, save_file
 from tiny_models import make_model, probe_sequences, publish
 
-from megatron_npd.buffer.versions import read_manifest, read_parity_probe, verify_version, write_manifest
 from megatron_npd.errors import BadVersionError
 from megatron_npd.hf_config import read_model_dims
-from megatron_npd.rollout import engine as engine_module
-from megatron_npd.rollout import worker
-from megatron_npd.rollout.engine import RolloutEngine, RolloutError
-from megatron_npd.rollout.update import ServedVersion, stage_version
+from megatron_npd.versions.manifest import read_manifest, read_parity_probe, verify_version, write_manifest
+from megatron_npd.versions.staged import ServedVersion, stage_version
+from megatron_npd.vllm_engine import engine as engine_module
+from megatron_npd.vllm_engine import worker
+from megatron_npd.vllm_engine.engine import RolloutEngine, RolloutError
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("engines_live_on")]
 

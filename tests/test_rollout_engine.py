@@ -31,16 +31,16 @@ from places import SUPPORT
 from tiny_models import EOS, LLAMA3_ROPE, hf_logprobs, make_llama, make_model, probe_sequences, publish
 
 from megatron_npd.buffer.shards import read_shard
-from megatron_npd.buffer.versions import ParityProbe, read_parity_probe, write_manifest
 from megatron_npd.config import Config
 from megatron_npd.data.prompts import save_prompt_set
 from megatron_npd.errors import BadVersionError
 from megatron_npd.process.metrics import read_metrics
 from megatron_npd.rollout import sidecar
-from megatron_npd.rollout.engine import Request, RolloutEngine, RolloutError
 from megatron_npd.rollout.parity import ParityError, check_parity
 from megatron_npd.run_directory import RunDirectory
 from megatron_npd.schema import TEACHER_VERSION, FinishReason
+from megatron_npd.versions.manifest import ParityProbe, read_parity_probe, write_manifest
+from megatron_npd.vllm_engine.engine import Request, RolloutEngine, RolloutError
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("engines_live_on")]
 
@@ -255,7 +255,7 @@ def test_refresh_with_running_requests_is_refused_and_they_finish(engine, next_v
 
 
 def sampling_of(request: Request):
-    from megatron_npd.rollout.engine import _sampling
+    from megatron_npd.vllm_engine.engine import _sampling
 
     return _sampling(request)
 

@@ -17,9 +17,9 @@ from inputs import Inputs
 from npd_runs import assert_same_versions, npd, train_again
 from slurm_cluster import Cluster
 
-from megatron_npd.buffer.versions import published_versions
 from megatron_npd.process.metrics import read_metrics
 from megatron_npd.run_directory import RunDirectory
+from megatron_npd.versions.manifest import published_versions
 
 pytestmark = pytest.mark.slow
 JOB_SECONDS = 480.0
@@ -156,7 +156,7 @@ import torch
 import torch.distributed as dist
 from megatron_npd.config import load_config
 from megatron_npd.slurm.task import task_environment
-from megatron_npd.mcore.parallel import initialize, shutdown
+from megatron_npd.mcore.model_parallel import initialize, shutdown
 
 os.environ.update(task_environment(load_config(sys.argv[1]), "trainer", "none", os.environ))
 parallel = initialize()

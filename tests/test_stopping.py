@@ -17,11 +17,11 @@ from fabricated_buffer import make_buffer
 from inputs import Inputs, write_prompts
 from supervised import alive, wait_until
 
-from megatron_npd.buffer.versions import published_versions, verify_version
 from megatron_npd.run_directory import RunDirectory
 from megatron_npd.supervise.guardian import MARK, marked
 from megatron_npd.supervise.progress import last_record
 from megatron_npd.supervise.resume_point import resume_point
+from megatron_npd.versions.manifest import published_versions, verify_version
 
 pytestmark = pytest.mark.slow
 

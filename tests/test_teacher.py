@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 from megatron_npd.buffer.shards import Shard, concatenate_ragged, read_shard, write_shard
 from megatron_npd.config import Config, load_config
 from megatron_npd.data.tokenizer import load_tokenizer
+from megatron_npd.distributed.parallel import Parallel
 from megatron_npd.errors import UserError
-from megatron_npd.parallel import Parallel
 from megatron_npd.schema import FinishReason, Verdict
 
 

@@ -19,9 +19,9 @@ from npd_runs import assert_same_versions
 from places import SUPPORT
 from safetensors.torch import load_file
 
-from megatron_npd.buffer.versions import published_versions
 from megatron_npd.process.metrics import read_metrics
 from megatron_npd.run_directory import RunDirectory, read_json
+from megatron_npd.versions.manifest import published_versions
 
 pytestmark = pytest.mark.slow
 

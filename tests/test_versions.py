@@ -15,9 +15,9 @@ from shard_factory import make_shard
 from tiny_models import make_llama, publish
 
 from megatron_npd.buffer.shards import write_shard
-from megatron_npd.buffer.versions import verified
 from megatron_npd.errors import BadVersionError
 from megatron_npd.prepare.prepare import prepare
+from megatron_npd.versions.manifest import verified
 
 WEIGHTS = "model.safetensors"
 

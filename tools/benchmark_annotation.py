@@ -69,7 +69,7 @@ def measure(root: Path, threads: int) -> dict[str, Any]:
     """
     import torch
 
-    from megatron_npd.mcore.parallel import initialize, shutdown
+    from megatron_npd.mcore.model_parallel import initialize, shutdown
     from megatron_npd.teacher.prefill import PrefillModel
 
     run = RunDirectory(root)

@@ -28,9 +28,9 @@ from pathlib import Path
 
 import torch
 
+from megatron_npd.distributed.parallel import SINGLE
 from megatron_npd.errors import UserError
 from megatron_npd.kernels import ce_topk_kl, native, token_logprobs, topk_logprobs
-from megatron_npd.parallel import SINGLE
 
 K, KD_LAMBDA = 10, 0.9
 UNAVOIDABLE_PASSES = {"score": 1, "topk": 1, "loss": 3}

@@ -43,8 +43,8 @@ from megatron_npd.hf_config import ModelDims, read_model_dims
 from megatron_npd.mcore.acceleration import choose_acceleration
 from megatron_npd.mcore.attention import choose_backend
 from megatron_npd.mcore.model import ModelOptions, build_gpt, named_parameters
+from megatron_npd.mcore.model_parallel import initialize, shutdown
 from megatron_npd.mcore.optimizer import make_trainable, train_step
-from megatron_npd.mcore.parallel import initialize, shutdown
 from megatron_npd.training.schedule import Step, deal, plan_steps
 from megatron_npd.training.step import collect_sums, forward_step
 from megatron_npd.training.student import Student

@@ -25,17 +25,17 @@ from pathlib import Path
 
 import torch
 
-from megatron_npd.buffer.versions import sha256
 from megatron_npd.conversion.memory import reuse_freed_memory
 from megatron_npd.conversion.progress import Report
 from megatron_npd.conversion.to_hugging_face import to_hugging_face
 from megatron_npd.conversion.to_megatron import to_megatron
+from megatron_npd.distributed.parallel import Parallel
 from megatron_npd.errors import USAGE_STATUS, UserError
 from megatron_npd.hf_config import read_model_dims
-from megatron_npd.mcore.parallel import initialize, shutdown
+from megatron_npd.mcore.model_parallel import initialize, shutdown
 from megatron_npd.mcore.torch_dist import checkpoint_layout
-from megatron_npd.parallel import Parallel
 from megatron_npd.run_directory import write_json
+from megatron_npd.versions.manifest import sha256
 from megatron_npd.weights.safetensors_writer import TensorSpec, plan_shards, write_index, write_shard
 from megatron_npd.weights.source import groups_of, hugging_face_shapes
 

@@ -22,12 +22,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_npd.buffer.versions import PARITY, verify_version, write_manifest
 from megatron_npd.config import RolloutConfig
 from megatron_npd.errors import USAGE_STATUS, UserError
-from megatron_npd.rollout.engine import Request, RolloutEngine
 from megatron_npd.rollout.parity import check_parity
 from megatron_npd.run_directory import write_json
+from megatron_npd.versions.manifest import PARITY, verify_version, write_manifest
+from megatron_npd.vllm_engine.engine import Request, RolloutEngine
 
 SHAPES = {
     "tiny": {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,

@@ -36,10 +36,10 @@ from pathlib import Path
 
 from megatron_npd.buffer.plan import make_plan
 from megatron_npd.buffer.shards import CorruptShardError, read_shard
-from megatron_npd.buffer.versions import MANIFEST, published_versions
 from megatron_npd.config import Config, load_config
 from megatron_npd.data.prompts import load_prompt_set
 from megatron_npd.run_directory import RunDirectory, read_json
+from megatron_npd.versions.manifest import MANIFEST, published_versions
 
 MARK = "NPD_CHAOS"
 """Environment variable that every process of one chaos run inherits: how its processes are told from all others."""

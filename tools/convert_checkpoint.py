@@ -26,7 +26,7 @@ from megatron_npd.errors import USAGE_STATUS, UserError
 if TYPE_CHECKING:
     import torch
 
-    from megatron_npd.parallel import Parallel
+    from megatron_npd.distributed.parallel import Parallel
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -55,7 +55,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     from megatron_npd.conversion.to_hugging_face import to_hugging_face
     from megatron_npd.conversion.to_megatron import to_megatron
-    from megatron_npd.mcore.parallel import initialize, shutdown
+    from megatron_npd.mcore.model_parallel import initialize, shutdown
 
     source, output = arguments.input, arguments.output
     dtype = None if arguments.dtype == "auto" else getattr(torch, arguments.dtype)

@@ -24,10 +24,10 @@ import numpy as np
 from megatron_npd.config import Config, load_config
 from megatron_npd.data.batch import lay_out
 from megatron_npd.data.prompts import load_prompt_set
+from megatron_npd.distributed.parallel import Parallel
 from megatron_npd.errors import USAGE_STATUS, UserError
 from megatron_npd.hardware import device
 from megatron_npd.hf_config import eos_token_ids, read_model_dims
-from megatron_npd.parallel import Parallel
 from megatron_npd.run_directory import RunDirectory
 
 Answers = list[list[int]]
@@ -75,8 +75,8 @@ def compare(run: RunDirectory, config: Config, prompts: Answers, max_new_tokens:
 
 def vllm_answers(run: RunDirectory, config: Config, prompts: Answers, max_new_tokens: int) -> Answers:
     """Greedy answers of plain vLLM on the exported folder."""
-    from megatron_npd.rollout.engine import Request, RolloutEngine
     from megatron_npd.schema import TEACHER_VERSION
+    from megatron_npd.vllm_engine.engine import Request, RolloutEngine
 
     stop = eos_token_ids(run.student)
     length = max(map(len, prompts)) + max_new_tokens
@@ -113,7 +113,7 @@ def megatron_disagreement(run: RunDirectory, config: Config, prompts: Answers, a
 
     from megatron_npd.kernels import top_token
     from megatron_npd.mcore.model import forward_packed, projected
-    from megatron_npd.mcore.parallel import initialize, shutdown
+    from megatron_npd.mcore.model_parallel import initialize, shutdown
 
     parallel = initialize()
     dims = read_model_dims(run.student)

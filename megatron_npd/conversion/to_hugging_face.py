@@ -14,6 +14,7 @@ from megatron_npd.conversion.memory import MemoryPeak
 from megatron_npd.conversion.progress import Progress, Report
 from megatron_npd.conversion.staging import identity, staged
 from megatron_npd.conversion.to_megatron import HUGGING_FACE
+from megatron_npd.distributed.parallel import Parallel
 from megatron_npd.errors import UserError
 from megatron_npd.hf_config import ModelDims, read_model_dims
 from megatron_npd.mcore.torch_dist import (
@@ -23,7 +24,6 @@ from megatron_npd.mcore.torch_dist import (
     checkpoint_layout,
     find_checkpoint,
 )
-from megatron_npd.parallel import Parallel
 from megatron_npd.run_directory import read_json, write_json
 from megatron_npd.weights.companions import copy_companions
 from megatron_npd.weights.name_map import hugging_face_names, rules_for
@@ -47,7 +47,7 @@ def to_hugging_face(
 
     Args:
         source: a torch_dist checkpoint, converted or a trainer's, or a trainer's `checkpoints` folder.
-        parallel: of this single process (`mcore.parallel.initialize`).
+        parallel: of this single process (`mcore.model_parallel.initialize`).
         template: Hugging Face folder to take configuration and tokenizer from; None: the one in `source`.
         dtype: of all tensors; None: as they are.
         max_shard_bytes: of the tensors in one file.

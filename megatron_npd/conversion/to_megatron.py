@@ -12,11 +12,11 @@ from megatron_npd.conversion.ahead import Ahead
 from megatron_npd.conversion.memory import MemoryPeak
 from megatron_npd.conversion.progress import Progress, Report
 from megatron_npd.conversion.staging import identity, staged
+from megatron_npd.distributed.parallel import Parallel
 from megatron_npd.errors import UserError
 from megatron_npd.hf_config import read_model_dims
 from megatron_npd.mcore.torch_dist import CheckpointLayout, checkpoint_layout
 from megatron_npd.mcore.torch_dist_writer import TorchDistWriter
-from megatron_npd.parallel import Parallel
 from megatron_npd.weights.companions import copy_companions
 from megatron_npd.weights.source import HuggingFaceSource, groups_of, weight_files
 
@@ -30,7 +30,7 @@ def to_megatron(
     """Convert the checkpoint in `source`. Called again after a kill, it goes on where it was.
 
     Args:
-        parallel: of this single process (`mcore.parallel.initialize`).
+        parallel: of this single process (`mcore.model_parallel.initialize`).
         dtype: of all tensors; None: as they are.
 
     Raises:

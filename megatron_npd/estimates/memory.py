@@ -31,7 +31,7 @@ KERNELS_BYTES = 60 * MIB
 KERNELS_OF_A_BATCH_SIZE_BYTES = 1.25 * MIB
 """The same, for each number of sequences vLLM decodes at once: they end one by one, so it meets all of them."""
 BATCHED_TOKENS = 8192
-"""Most prompt tokens vLLM computes at once on a CPU (`rollout.start`)."""
+"""Most prompt tokens vLLM computes at once on a CPU (`vllm_engine.start`)."""
 KL_TOKENS = 64
 """Rows `kernels.forward_kl` takes at a time."""
 

@@ -53,6 +53,13 @@ def device_here() -> Device:
     return "gpu" if has_gpu() and environment_device() != "cpu" else "cpu"
 
 
+def device_peak_bytes() -> int | None:
+    """The most memory of its GPU this process has taken; None without a GPU, and 0 where child processes have it."""
+    import torch
+
+    return torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None
+
+
 def settle() -> None:
     """Hide all GPUs from this process, and from what it starts, in an environment for CPUs.
 

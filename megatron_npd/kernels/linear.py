@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from megatron_npd.distributed.collectives import over_tensor_ranks
+from megatron_npd.distributed.parallel import Parallel
 from megatron_npd.kernels.objective import (
     Labels,
     Objective,
@@ -24,8 +26,7 @@ from megatron_npd.kernels.objective import (
     token_losses,
     write_gradient,
 )
-from megatron_npd.kernels.vocab_parallel import Shard, gather
-from megatron_npd.parallel import Parallel
+from megatron_npd.kernels.vocab_parallel import Shard
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,9 @@ class _LinearCeTopkKl(torch.autograd.Function):
             rows = slice(start, min(start + chunk_tokens, tokens))
             logits_CV = torch.mm(hidden_NH[rows], weight_VH.T, out=buffer_CV[: rows.stop - start])
             chunk = labels[rows]
-            statistics = merge_statistics(gather(partial_statistics(logits_CV, chunk, objective, shard), parallel))
+            statistics = merge_statistics(
+                over_tensor_ranks(partial_statistics(logits_CV, chunk, objective, shard), parallel)
+            )
             losses = token_losses(statistics, chunk, objective)
             torch.stack([losses.loss, losses.ce, losses.kd], out=losses_3N[:, rows])
             if not any(wanted):

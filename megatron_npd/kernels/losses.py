@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from megatron_npd.distributed.collectives import over_tensor_ranks
+from megatron_npd.distributed.parallel import Parallel
 from megatron_npd.kernels.objective import (
     Labels,
     Objective,
@@ -19,8 +21,7 @@ from megatron_npd.kernels.objective import (
     token_losses,
     write_gradient,
 )
-from megatron_npd.kernels.vocab_parallel import Shard, gather
-from megatron_npd.parallel import Parallel
+from megatron_npd.kernels.vocab_parallel import Shard
 
 
 def ce_topk_kl(
@@ -66,7 +67,9 @@ class _CeTopkKl(torch.autograd.Function):
         ctx: Any, logits_TV: torch.Tensor, labels: Labels, objective: Objective, parallel: Parallel, valid: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         shard = Shard.of(logits_TV.shape[1], parallel, valid)
-        statistics = merge_statistics(gather(partial_statistics(logits_TV, labels, objective, shard), parallel))
+        statistics = merge_statistics(
+            over_tensor_ranks(partial_statistics(logits_TV, labels, objective, shard), parallel)
+        )
         losses = token_losses(statistics, labels, objective)
         ctx.save_for_backward(logits_TV)
         ctx.rest = (statistics, labels, objective, shard)

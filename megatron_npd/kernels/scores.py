@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import torch
 
+from megatron_npd.distributed.collectives import over_tensor_ranks
+from megatron_npd.distributed.parallel import Parallel
 from megatron_npd.kernels import native
 from megatron_npd.kernels.objective import check_temperature
-from megatron_npd.kernels.vocab_parallel import Shard, chunks, gather
-from megatron_npd.parallel import Parallel
+from megatron_npd.kernels.vocab_parallel import Shard, chunks
 
 
 def token_logprobs(logits_TV: torch.Tensor, targets_T: torch.Tensor, parallel: Parallel, valid: int) -> torch.Tensor:
     """log softmax(logits)[target], float32 [T]. No gradient."""
     shard = Shard.of(logits_TV.shape[1], parallel, valid)
-    max_RT, sum_RT, target_RT = gather(_score(logits_TV, targets_T, shard), parallel).unbind(1)
+    max_RT, sum_RT, target_RT = over_tensor_ranks(_score(logits_TV, targets_T, shard), parallel).unbind(1)
     base_T = _finite(max_RT.amax(0))
     sum_T = (sum_RT * torch.exp(max_RT - base_T)).sum(0)
     return (target_RT.sum(0) - base_T) - sum_T.log()
@@ -39,7 +40,7 @@ def topk_logprobs(
     """
     check_temperature(temperature)
     shard = Shard.of(logits_TV.shape[1], parallel, valid)
-    value_RTK, id_RTK, rest_R2T = (gather(x, parallel) for x in _best(logits_TV, k, shard, temperature))
+    value_RTK, id_RTK, rest_R2T = (over_tensor_ranks(x, parallel) for x in _best(logits_TV, k, shard, temperature))
     max_RT, rest_RT = rest_R2T.unbind(1)
     # Stable, and ranks hold ascending ids: the lowest id first among equals.
     candidates_TM, choice_TM = value_RTK.permute(1, 0, 2).flatten(1).sort(dim=-1, descending=True, stable=True)
@@ -61,7 +62,7 @@ def top_token(logits_TV: torch.Tensor, parallel: Parallel, valid: int) -> torch.
     if valid:  # a rank of padding alone has no best
         for rows, z_CV in chunks(logits_TV, shard):
             value_T[rows], id_T[rows] = z_CV.max(-1)
-    value_RT, id_RT = gather(value_T, parallel), gather(id_T + shard.first, parallel)
+    value_RT, id_RT = over_tensor_ranks(value_T, parallel), over_tensor_ranks(id_T + shard.first, parallel)
     return id_RT.gather(0, value_RT.argmax(0, keepdim=True))[0]
 
 
@@ -71,13 +72,13 @@ def forward_kl(teacher_TV: torch.Tensor, student_TV: torch.Tensor, parallel: Par
     lse_2T = _floats(teacher_TV, 2, len(teacher_TV))
     for (rows, p_CV), (_, q_CV) in zip(chunks(teacher_TV, shard), chunks(student_TV, shard), strict=True):
         lse_2T[0, rows], lse_2T[1, rows] = torch.logsumexp(p_CV, -1), torch.logsumexp(q_CV, -1)
-    lse_p_T, lse_q_T = torch.logsumexp(gather(lse_2T, parallel), 0)
+    lse_p_T, lse_q_T = torch.logsumexp(over_tensor_ranks(lse_2T, parallel), 0)
     kl_T = _floats(teacher_TV, len(teacher_TV))
     for (rows, p_CV), (_, q_CV) in zip(chunks(teacher_TV, shard), chunks(student_TV, shard), strict=True):
         log_p_CV, log_q_CV = p_CV - lse_p_T[rows, None], q_CV - lse_q_T[rows, None]
         # A token the teacher excludes (-inf) contributes 0, not NaN.
         kl_T[rows] = torch.where(log_p_CV > -torch.inf, log_p_CV.exp() * (log_p_CV - log_q_CV), 0.0).sum(-1)
-    return gather(kl_T, parallel).sum(0)
+    return over_tensor_ranks(kl_T, parallel).sum(0)
 
 
 def _score(logits_TV: torch.Tensor, targets_T: torch.Tensor, shard: Shard) -> torch.Tensor:

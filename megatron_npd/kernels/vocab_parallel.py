@@ -1,6 +1,6 @@
-"""A rank's slice of the vocabulary, and how the ranks' partial results meet.
+"""A rank's slice of the vocabulary.
 
-Legend: T tokens, C tokens of a chunk, V columns of this rank's logits, K ids a token, R tensor-parallel ranks.
+Legend: T tokens, C tokens of a chunk, V columns of this rank's logits, K ids a token.
 Ids are global; a row never holds an id twice.
 """
 
@@ -10,9 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
-from megatron_npd.parallel import Parallel
+from megatron_npd.distributed.parallel import Parallel
 
 CHUNK = 64
 """Tokens whose logits are held in float32 at a time: few enough to stay in a CPU's cache between passes."""
@@ -70,12 +69,3 @@ def chunks(logits_TV: torch.Tensor, shard: Shard, temperature: float = 1.0) -> I
         rows = slice(start, min(start + CHUNK, len(logits_TV)))
         z_CV = logits_TV[rows, : shard.valid].detach().to(torch.float32, copy=True)
         yield rows, z_CV if temperature == 1 else z_CV.div_(temperature)
-
-
-def gather(x: torch.Tensor, parallel: Parallel) -> torch.Tensor:
-    """Every tensor-parallel rank's x, stacked: [R, ...]."""
-    if parallel.tp_group is None:
-        return x[None]
-    parts = [torch.empty_like(x) for _ in range(parallel.tp_size)]
-    dist.all_gather(parts, x.contiguous(), group=parallel.tp_group)
-    return torch.stack(parts)

@@ -33,10 +33,10 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.multiprocessing import get_context
 
+from megatron_npd.distributed.collectives import barrier, broadcast_object
 from megatron_npd.errors import StorageError, storage_reason
 from megatron_npd.mcore import optimizer_state
 from megatron_npd.mcore.optimizer import Trainable
-from megatron_npd.mcore.parallel import barrier, broadcast_object
 from megatron_npd.process import stopping
 from megatron_npd.process.parent_death import die_with
 from megatron_npd.run_directory import CHECKPOINT_STATE as STATE

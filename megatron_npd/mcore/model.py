@@ -30,13 +30,13 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_npd.distributed.parallel import Parallel
 from megatron_npd.hf_config import ModelDims, padded_vocab_size
 from megatron_npd.mcore import acceleration
 from megatron_npd.mcore.acceleration import Acceleration
 from megatron_npd.mcore.attention import attention_module
 from megatron_npd.mcore.packed import packed_sequences
 from megatron_npd.mcore.rotary import inverse_frequencies
-from megatron_npd.parallel import Parallel
 
 logger = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_npd.config import TrainingConfig
+from megatron_npd.distributed.parallel import Parallel
 from megatron_npd.mcore.acceleration import NONE, Acceleration, force_torch_optimizer
 from megatron_npd.mcore.model import unwrap
-from megatron_npd.parallel import Parallel
 
 
 @dataclass(frozen=True)

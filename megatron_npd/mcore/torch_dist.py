@@ -31,11 +31,11 @@ from torch.distributed.checkpoint import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megatron_npd.distributed.parallel import Parallel
 from megatron_npd.errors import UserError
 from megatron_npd.hf_config import ModelDims
 from megatron_npd.mcore.checkpoint import LATEST, latest_checkpoint, model_state
 from megatron_npd.mcore.model import ModelOptions, build_gpt, named_parameters
-from megatron_npd.parallel import Parallel
 
 BACKEND, BACKEND_VERSION = "torch_dist", 1
 METADATA = ".metadata"
@@ -72,7 +72,7 @@ class CheckpointLayout:
 
 
 def checkpoint_layout(dims: ModelDims, parallel: Parallel) -> CheckpointLayout:
-    """The layout of a model's checkpoint. `parallel`: of a single process, as `mcore.parallel.initialize` gives it."""
+    """The layout of a model's checkpoint. `parallel`: of one process, as `mcore.model_parallel.initialize` gives it."""
     with torch.device("meta"):
         [model] = build_gpt(dims, replace(parallel, device="meta"), torch.float32, ModelOptions("reference"))
     names = {parameter: name for name, parameter in named_parameters([model]).items()}

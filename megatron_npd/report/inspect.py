@@ -18,13 +18,13 @@ from typing import Any
 
 from megatron_npd.buffer.plan import Stage, make_plan
 from megatron_npd.buffer.shards import CorruptShardError, Shard, read_shard
-from megatron_npd.buffer.versions import published_versions
 from megatron_npd.config import Config, load_config
 from megatron_npd.data.prompts import load_prompt_set, read_chats
 from megatron_npd.data.tokenizer import VOCABULARY_FILES, Tokenizer, load_tokenizer
 from megatron_npd.errors import UserError
 from megatron_npd.run_directory import RunDirectory
 from megatron_npd.schema import TEACHER_VERSION, FinishReason, Verdict
+from megatron_npd.versions.manifest import published_versions
 
 logger = logging.getLogger(__name__)
 

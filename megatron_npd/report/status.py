@@ -27,7 +27,6 @@ from megatron_npd.buffer.leases import filesystem_time
 from megatron_npd.buffer.listing import finished_units
 from megatron_npd.buffer.plan import Stage, make_plan
 from megatron_npd.buffer.retention import KINDS, collected
-from megatron_npd.buffer.versions import published_versions
 from megatron_npd.config import Config, load_config
 from megatron_npd.data.prompts import load_prompt_set
 from megatron_npd.errors import UserError
@@ -37,6 +36,7 @@ from megatron_npd.supervise.journal import FAILURE, RESTART, read_journal
 from megatron_npd.supervise.progress import last_record
 from megatron_npd.supervise.resume_point import ResumePoint, resume_point
 from megatron_npd.supervise.role_work import TRAINER
+from megatron_npd.versions.manifest import published_versions
 
 
 def status(run_dir: str | Path) -> dict[str, Any]:

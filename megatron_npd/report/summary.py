@@ -34,7 +34,6 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_npd.buffer.plan import make_plan
 from megatron_npd.buffer.retention import collected
-from megatron_npd.buffer.versions import read_header
 from megatron_npd.config import Config
 from megatron_npd.errors import BadVersionError
 from megatron_npd.process.metrics import busy_span, read_metrics
@@ -42,6 +41,7 @@ from megatron_npd.report.page import render_report
 from megatron_npd.report.plots import distinct_steps
 from megatron_npd.run_directory import WARMUP_STAGE, RunDirectory, read_json, round_stage, write_json
 from megatron_npd.schema import Verdict
+from megatron_npd.versions.manifest import read_header
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,1 @@
-"""The rollout sidecar: samples responses with vLLM from a published policy version, and swaps weights in place.
-
-The one door to vLLM: no other package imports it.
-"""
+"""The rollout role: samples responses from a published policy version, and moves to the next when it is there."""

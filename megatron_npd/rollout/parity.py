@@ -13,8 +13,8 @@ from typing import Protocol
 
 import numpy as np
 
-from megatron_npd.buffer.versions import ParityProbe
 from megatron_npd.config import RolloutConfig
+from megatron_npd.versions.manifest import ParityProbe
 
 
 class ParityError(RuntimeError):

@@ -17,20 +17,20 @@ from megatron_npd.buffer.listing import is_finished
 from megatron_npd.buffer.plan import Plan, Stage, make_plan, sampling_seed
 from megatron_npd.buffer.retention import has_room
 from megatron_npd.buffer.shards import Shard, concatenate_ragged, write_shard
-from megatron_npd.buffer.versions import published_versions, read_parity_probe
 from megatron_npd.buffer.work import take_units
 from megatron_npd.config import Config
 from megatron_npd.data.prompts import PromptSet, load_prompt_set
+from megatron_npd.hardware.device import device_peak_bytes
 from megatron_npd.hf_config import eos_token_ids
 from megatron_npd.process.activity import doing
 from megatron_npd.process.memory import PeakMemory, release_unused, steady_heap
 from megatron_npd.process.metrics import Metrics, metrics_file, process_seconds
 from megatron_npd.process.waiting import turn, turn_lock, wait_for
-from megatron_npd.rollout.engine import Request, Response, RolloutEngine
 from megatron_npd.rollout.parity import Parity, check_parity
-from megatron_npd.rollout.start import device_peak_bytes
 from megatron_npd.run_directory import RunDirectory
 from megatron_npd.schema import ROLLOUT_COLUMNS, TEACHER_VERSION, FinishReason
+from megatron_npd.versions.manifest import published_versions, read_parity_probe
+from megatron_npd.vllm_engine.engine import Request, Response, RolloutEngine
 
 logger = logging.getLogger(__name__)
 

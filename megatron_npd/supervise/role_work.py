@@ -10,13 +10,13 @@ from pathlib import Path
 
 from megatron_npd.buffer.listing import finished_units, is_finished
 from megatron_npd.buffer.plan import Plan, Stage
-from megatron_npd.buffer.versions import published_versions
 from megatron_npd.config import Config
 from megatron_npd.process.waiting import takes_turns
 from megatron_npd.run_directory import RunDirectory
 from megatron_npd.schema import TEACHER_VERSION
 from megatron_npd.supervise.children import Command
 from megatron_npd.supervise.resume_point import resume_point
+from megatron_npd.versions.manifest import published_versions
 
 TRAINER, ANNOTATOR = "trainer", "annotator"
 ROLLOUT = {"teacher": "rollout_teacher", "student": "rollout"}

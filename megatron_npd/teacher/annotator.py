@@ -21,15 +21,16 @@ from megatron_npd.buffer.leases import lease
 from megatron_npd.buffer.listing import finished_units, is_finished
 from megatron_npd.buffer.plan import Plan, Stage, make_plan
 from megatron_npd.buffer.shards import Shard, read_or_quarantine, read_shard, write_shard
-from megatron_npd.buffer.versions import published_versions, verified
 from megatron_npd.config import Config
 from megatron_npd.data.prompts import load_prompt_set
 from megatron_npd.data.tokenizer import load_tokenizer
+from megatron_npd.distributed.collectives import broadcast_object
+from megatron_npd.distributed.together import wait_together
 from megatron_npd.errors import UserError
+from megatron_npd.hardware.device import device_peak_bytes
 from megatron_npd.hf_config import eos_token_ids, read_model_dims
 from megatron_npd.mcore.attention import choose_backend
-from megatron_npd.mcore.parallel import broadcast_object, device_peak_bytes, initialize, shutdown
-from megatron_npd.mcore.together import wait_together
+from megatron_npd.mcore.model_parallel import initialize, shutdown
 from megatron_npd.process.activity import doing
 from megatron_npd.process.memory import PeakMemory, release_unused, steady_heap
 from megatron_npd.process.metrics import Metrics, metrics_file, process_seconds
@@ -40,6 +41,7 @@ from megatron_npd.teacher.annotation import annotate_shard
 from megatron_npd.teacher.heldout import HeldoutSet
 from megatron_npd.teacher.prefill import PrefillModel
 from megatron_npd.teacher.prefix import unconditional_prefix
+from megatron_npd.versions.manifest import published_versions, verified
 
 logger = logging.getLogger(__name__)
 

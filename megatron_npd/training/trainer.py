@@ -11,17 +11,18 @@ from pathlib import Path
 
 from megatron_npd.buffer.plan import Plan, Stage, epochs_of, make_plan, publishing_step
 from megatron_npd.buffer.retention import retire_stages
-from megatron_npd.buffer.versions import published_versions
 from megatron_npd.config import Config
 from megatron_npd.data.batch import PackedBatch, aligned, collate
 from megatron_npd.data.context_parallel import context_parallel_share
 from megatron_npd.data.cost import cost_model
 from megatron_npd.data.prompts import load_prompt_set
+from megatron_npd.distributed.collectives import barrier, broadcast_object, greatest
+from megatron_npd.distributed.together import leave_if_asked, wait_together
 from megatron_npd.errors import UserError
+from megatron_npd.hardware.device import device_peak_bytes
 from megatron_npd.mcore.checkpoint import Checkpointer, latest_checkpoint, load_checkpoint, read_run_state
+from megatron_npd.mcore.model_parallel import shutdown
 from megatron_npd.mcore.optimizer import micro_batch_multiple, train_step
-from megatron_npd.mcore.parallel import barrier, broadcast_object, device_peak_bytes, greatest, shutdown
-from megatron_npd.mcore.together import leave_if_asked, wait_together
 from megatron_npd.process import stopping
 from megatron_npd.process.activity import doing, waiting
 from megatron_npd.process.memory import PeakMemory, release_unused, steady_heap
@@ -36,6 +37,7 @@ from megatron_npd.training.schedule import Step, deal, imbalance, learning_rate,
 from megatron_npd.training.step import collect_sums, forward_step
 from megatron_npd.training.step_metrics import StepReport
 from megatron_npd.training.student import make_student
+from megatron_npd.versions.manifest import published_versions
 from megatron_npd.weights.publish import Published
 
 logger = logging.getLogger(__name__)
@@ -299,7 +301,9 @@ class Trainer:
         if self.parallel.rank == 0:
             retire_stages(self.run, self.plan, self.progress.finished, self.config.buffer.keep_rounds)
         release_unused()
-        self.log("memory", **greatest(self.memory.record()))
+        record = self.memory.record()
+        largest = greatest(record.values(), self.parallel)
+        self.log("memory", **dict(zip(record, largest, strict=True)))
 
     def _turn_lock(self) -> Path | None:
         """Rank 0 takes the turn for all ranks: the others cannot compute without it. Nobody waits for it who leaves."""

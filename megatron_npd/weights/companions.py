@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from megatron_npd.buffer.versions import MANIFEST, PARITY
+from megatron_npd.versions.manifest import MANIFEST, PARITY
 
 WEIGHT_FILES = (
     ".safetensors",

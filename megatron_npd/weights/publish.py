@@ -15,24 +15,23 @@ import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import NoReturn
 
 import torch
-import torch.distributed as dist
 
-from megatron_npd.buffer.versions import ParityProbe
+from megatron_npd.distributed.collectives import broadcast_object, gather_objects, greatest
+from megatron_npd.distributed.parallel import Parallel
 from megatron_npd.errors import STORAGE_ERRNOS, StorageError, UserError
 from megatron_npd.hf_config import ModelDims
-from megatron_npd.parallel import Parallel
 from megatron_npd.process.waiting import explained
 from megatron_npd.run_directory import RunDirectory
+from megatron_npd.versions.manifest import ParityProbe
 from megatron_npd.weights.buckets import LARGEST_BUCKET, SMALLEST_BUCKET
 from megatron_npd.weights.completion import AlreadyPublishedError, Target, complete
 from megatron_npd.weights.safetensors_writer import Shard
 from megatron_npd.weights.share import SHARES, Share, write_share
 from megatron_npd.weights.snapshot import Snapshot
 
-T = TypeVar("T")
 POLL_SECONDS = 0.01
 GIVE_UP_SECONDS = 10.0
 """How long a failed publication waits for its own thread before it is reported."""
@@ -145,7 +144,8 @@ class Publisher:
                     (staging / SHARES).mkdir(parents=True)
                 except OSError as error:
                     refused = _cannot_write(error, final)
-        staging, refused = self._from_first_rank((staging, refused))
+        if self.parallel.world_size > 1:
+            staging, refused = broadcast_object((staging, refused))
         if refused:
             raise refused
         return Target(
@@ -155,7 +155,7 @@ class Publisher:
     def _is_visible(self, job: _Job) -> bool:
         """Whether all ranks are done: a collective. Every rank raises if one has failed."""
         running = job.is_running  # looked at first: a thread that has ended has left its error
-        running, failed, seconds = self._greatest(float(running), float(job.error is not None), job.seconds)
+        running, failed, seconds = greatest((float(running), float(job.error is not None), job.seconds), self.parallel)
         if failed:
             self._give_up(job)
         if not running:
@@ -169,26 +169,12 @@ class Publisher:
     def _give_up(self, job: _Job) -> NoReturn:
         """Leave nothing half-written behind, and raise the first rank's reason on every rank."""
         self._job = None
-        failures = [failure for failure in _all_gather(job.failure(), self.parallel) if failure]
+        failures = [failure for failure in gather_objects(job.failure(), self.parallel) if failure]
         job.stop.set()
         job.join(GIVE_UP_SECONDS)
         if self._leads:
             shutil.rmtree(job.target.staging, ignore_errors=True)
         raise failures[0] from (None if isinstance(failures[0], UserError) else job.error)
-
-    def _greatest(self, *values: float) -> list[float]:
-        """The largest of each value over all ranks."""
-        if self.parallel.world_size == 1:
-            return list(values)
-        tensor = torch.tensor(values, dtype=torch.float64)  # on the CPU, so no GPU waits for it
-        dist.all_reduce(tensor, dist.ReduceOp.MAX)
-        return tensor.tolist()
-
-    def _from_first_rank(self, value: tuple[Path, UserError | None]) -> tuple[Path, UserError | None]:
-        box = [value]
-        if self.parallel.world_size > 1:
-            dist.broadcast_object_list(box, src=0)
-        return box[0]
 
 
 class _Job:
@@ -248,7 +234,7 @@ class _Files:
 def _agree_on_files(snapshot: Snapshot, parallel: Parallel) -> _Files:
     sizes = [bucket.nbytes for bucket in snapshot.plan]
     writes = bool(snapshot.copies) or parallel.rank == parallel.logging_rank  # that one writes the parity probe
-    told = _all_gather((parallel.pp_rank, sizes, writes), parallel)
+    told = gather_objects((parallel.pp_rank, sizes, writes), parallel)
     stages = {stage: sizes for stage, sizes, _ in told}
     return _Files(
         first=1 + sum(len(sizes) for stage, sizes in stages.items() if stage < parallel.pp_rank),
@@ -256,15 +242,6 @@ def _agree_on_files(snapshot: Snapshot, parallel: Parallel) -> _Files:
         bytes=sum(map(sum, stages.values())),
         writers=[rank for rank, (_, _, writes) in enumerate(told) if writes],
     )
-
-
-def _all_gather(value: T, parallel: Parallel) -> list[T]:
-    """Every rank's value (pickled between ranks of one role only), by rank."""
-    values = [value]
-    if parallel.world_size > 1:
-        values = [value] * parallel.world_size
-        dist.all_gather_object(values, value)
-    return values
 
 
 def _already_published(final: Path) -> str:

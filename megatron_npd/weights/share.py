@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_npd.buffer.versions import PARITY, ParityProbe, WeightFile
 from megatron_npd.run_directory import fsync_folder, read_json, write_json
+from megatron_npd.versions.manifest import PARITY, ParityProbe, WeightFile
 from megatron_npd.weights.safetensors_writer import Shard
 from megatron_npd.weights.source import DTYPES
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
-import torch.distributed as dist
 
+from megatron_npd.distributed.collectives import gather_bytes
+from megatron_npd.distributed.parallel import Parallel
 from megatron_npd.hf_config import ModelDims
-from megatron_npd.parallel import Parallel
 from megatron_npd.weights.buckets import LARGEST_BUCKET, SMALLEST_BUCKET, Bucket, deal_buckets, plan_buckets
 from megatron_npd.weights.name_map import hugging_face_names, is_tied_copy, rules_for
 
@@ -108,18 +108,10 @@ def gather_shards(parameters: Sequence[torch.Tensor], parallel: Parallel, owner:
     for parcel in _parcels(parameters, limit):
         flat = torch.cat([parameter.detach().reshape(-1) for parameter in parcel])
         received = [torch.empty_like(flat) for _ in range(parallel.tp_size)] if parallel.tp_rank == owner else []
-        _gather([shard.view(torch.uint8) for shard in received], flat.view(torch.uint8), parallel, owner, limit)
+        gather_bytes([shard.view(torch.uint8) for shard in received], flat.view(torch.uint8), parallel, owner, limit)
         pieces = [shard.split([parameter.numel() for parameter in parcel]) for shard in received]
         for parameter, shards in zip(parcel, zip(*pieces, strict=True), strict=False):
             yield [shard.view(parameter.shape) for shard in shards]
-
-
-def _gather(received: list[torch.Tensor], sent: torch.Tensor, parallel: Parallel, owner: int, limit: int) -> None:
-    """Gather bytes, at most `limit` at a time."""
-    for start in range(0, len(sent), limit):
-        part = slice(start, start + limit)
-        outputs = [shard[part] for shard in received] or None
-        dist.gather(sent[part], outputs, group=parallel.tp_group, group_dst=owner)
 
 
 def _parcels(parameters: Sequence[torch.Tensor], limit: int) -> Iterator[list[torch.Tensor]]:

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import EOS, make_model, probe_sequences, publish
 
-from megatron_npd.buffer.versions import read_manifest, write_manifest
 from megatron_npd.config import RolloutConfig
-from megatron_npd.rollout.engine import Request, RolloutEngine
+from megatron_npd.versions.manifest import read_manifest, write_manifest
+from megatron_npd.vllm_engine.engine import Request, RolloutEngine
 
 ROLLOUT = RolloutConfig(kv_cache_gib=0.02, max_num_seqs=32, threads=1)
 LONGEST = 200

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from megatron_npd.buffer.versions import published_versions
 from megatron_npd.config import load_config
 from megatron_npd.run_directory import RunDirectory
+from megatron_npd.versions.manifest import published_versions
 
 
 def check_finished(folder: Path) -> None:

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_npd import kernels
+from megatron_npd.distributed.parallel import SINGLE, Parallel
 from megatron_npd.kernels import native
-from megatron_npd.parallel import SINGLE, Parallel
 
 TAILS = ("none", "bucket", "renormalize")
 TOKENS, VOCAB, K = 24, 61, 5

@@ -8,9 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from megatron_npd.buffer.versions import MANIFEST, published_versions
 from megatron_npd.config import Config, load_config
 from megatron_npd.run_directory import RunDirectory, read_json
+from megatron_npd.versions.manifest import MANIFEST, published_versions
 
 
 def npd(*arguments: str | Path, status: int = 0) -> str:

@@ -13,8 +13,8 @@ import torch
 from megatron_worker import CAPACITY, local_batches, make_samples, packs_of
 
 from megatron_npd.config import load_config
+from megatron_npd.mcore.model_parallel import leave_layout, shutdown
 from megatron_npd.mcore.optimizer import train_step
-from megatron_npd.mcore.parallel import leave_layout, shutdown
 from megatron_npd.run_directory import RunDirectory
 from megatron_npd.training.publishing import make_publisher, publish
 from megatron_npd.training.step import forward_step

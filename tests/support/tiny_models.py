@@ -19,8 +19,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from megatron_npd.buffer.versions import PARITY, write_manifest
 from megatron_npd.run_directory import write_json
+from megatron_npd.versions.manifest import PARITY, write_manifest
 
 EOS = 2
 VOCAB_SIZE = 128

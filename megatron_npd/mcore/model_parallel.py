@@ -8,9 +8,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from megatron_npd.distributed.parallel import Parallel
+from megatron_npd.distributed.rendezvous import leave_meeting_place, meeting_place
 from megatron_npd.mcore import cpu
-from megatron_npd.mcore.rendezvous import leave_meeting_place, meeting_place
-from megatron_npd.parallel import Parallel
 
 
 def initialize(
@@ -82,27 +82,3 @@ def shutdown() -> None:
     leave_layout()
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def barrier() -> None:
-    """Wait for every rank."""
-    dist.barrier()
-
-
-def greatest(values: dict[str, int]) -> dict[str, int]:
-    """The largest of each value over all ranks; the names are the same everywhere."""
-    largest = torch.tensor(list(values.values()), dtype=torch.int64)
-    dist.all_reduce(largest, dist.ReduceOp.MAX)
-    return dict(zip(values, largest.tolist(), strict=True))
-
-
-def device_peak_bytes() -> int | None:
-    """The most memory of its GPU this process has taken; None without a GPU."""
-    return torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None
-
-
-def broadcast_object(value: object, source: int = 0) -> object:
-    """The `source` rank's value on every rank (pickled between ranks of one role only)."""
-    box = [value]
-    dist.broadcast_object_list(box, src=source)
-    return box[0]

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_npd.config import RolloutConfig
 from megatron_npd.hardware import device
-from megatron_npd.rollout.plugin import BACKEND, register
+from megatron_npd.vllm_engine.plugin import BACKEND, register
 
 
 def start_vllm(
@@ -53,13 +53,6 @@ def start_vllm(
             **sizes,
         )
     )
-
-
-def device_peak_bytes() -> int | None:
-    """The most memory of its GPU this process has taken; None without a GPU, and 0 where vLLM's workers have it."""
-    import torch
-
-    return torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None
 
 
 def _prepare_environment(threads: int) -> bool:

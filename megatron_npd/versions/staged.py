@@ -13,16 +13,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from megatron_npd.buffer.host_copy import CONFIG, HostCopy
-from megatron_npd.buffer.versions import (
+from megatron_npd.errors import BadVersionError, UserError
+from megatron_npd.hf_config import ModelDims, model_dims
+from megatron_npd.versions.host_copy import CONFIG, HostCopy
+from megatron_npd.versions.manifest import (
     PARITY,
     ParityProbe,
     VersionManifest,
     read_manifest,
     require_version,
 )
-from megatron_npd.errors import BadVersionError, UserError
-from megatron_npd.hf_config import ModelDims, model_dims
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,10 @@ def register() -> None:
     """Register with vLLM and transformers. May be called any number of times."""
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-    from megatron_npd.rollout.openpangu_config import register_openpangu
+    from megatron_npd.vllm_engine.openpangu_config import register_openpangu
 
     register_openpangu()
     if BACKEND not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine(BACKEND, "megatron_npd.rollout.worker", "CheckpointUpdateEngine")
+        WeightTransferEngineFactory.register_engine(
+            BACKEND, "megatron_npd.vllm_engine.worker", "CheckpointUpdateEngine"
+        )

@@ -1,4 +1,4 @@
-"""Where one process stands in the parallel layout: plain data, made once by `mcore.parallel.initialize`.
+"""Where one process stands in the parallel layout: plain data, made once by `mcore.model_parallel.initialize`.
 
 Passed as an argument instead of being fetched from global state, so that a function's signature says on
 which groups it communicates. Groups are `torch.distributed.ProcessGroup`, or None when the group has one

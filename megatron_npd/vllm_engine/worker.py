@@ -1,7 +1,8 @@
 """The part of an update that runs inside vLLM's workers: load a whole checkpoint over the served weights.
 
-Everything that can be wrong with the checkpoint is found beforehand, by `update.check_update`. What remains here
-happens in one worker call, between two engine steps, because a step on half-loaded (meta) weights kills the engine.
+Everything that can be wrong with the checkpoint is found beforehand, by `versions.staged.stage_version`. What remains
+here happens in one worker call, between two engine steps, because a step on half-loaded (meta) weights kills the
+engine.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from megatron_npd.buffer.versions import PARITY, VersionManifest, check_content, descriptor_path
+from megatron_npd.versions.manifest import PARITY, VersionManifest, check_content, descriptor_path
 
 CONFIG = "config.json"
 

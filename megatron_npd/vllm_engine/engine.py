@@ -15,18 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_npd.buffer.versions import verified
 from megatron_npd.config import RolloutConfig
 from megatron_npd.hf_config import read_model_dims
 from megatron_npd.process import activity
-from megatron_npd.rollout.start import start_vllm
-from megatron_npd.rollout.update import (
+from megatron_npd.schema import TEACHER_VERSION, FinishReason
+from megatron_npd.versions.manifest import verified
+from megatron_npd.versions.staged import (
     ServedVersion,
     StagedVersion,
     require_newer,
     stage_version,
 )
-from megatron_npd.schema import TEACHER_VERSION, FinishReason
+from megatron_npd.vllm_engine.start import start_vllm
 
 logger = logging.getLogger(__name__)
 

@@ -6,11 +6,8 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-import torch
-import torch.distributed as dist
-
-from megatron_npd.mcore.parallel import broadcast_object
-from megatron_npd.parallel import Parallel
+from megatron_npd.distributed.collectives import broadcast_object, greatest
+from megatron_npd.distributed.parallel import Parallel
 from megatron_npd.process import stopping
 from megatron_npd.process.waiting import explained
 
@@ -44,11 +41,7 @@ def leave_if_asked(parallel: Parallel) -> None:
     Raises:
         Stopped: on every rank, if any rank was asked to stop; a signal reaches ranks at different moments.
     """
-    number = stopping.requested()
-    if parallel.world_size > 1:
-        greatest = torch.tensor([number])  # on the CPU, so no GPU waits for it
-        dist.all_reduce(greatest, dist.ReduceOp.MAX)
-        number = int(greatest)
+    (number,) = greatest([stopping.requested()], parallel)
     if number:
         raise stopping.Stopped(number)
 
