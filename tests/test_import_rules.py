@@ -18,8 +18,6 @@ PACKAGE_FOLDER = ROOT / PACKAGE
 LEVELS = [
     (
         "config",
-        "config_section",
-        "slurm_config",
         "schema",
         "errors",
         "hf_config",

@@ -12,8 +12,7 @@ import tomli_w
 from pydantic import Field, ValidationError
 
 from megatron_npd.buffer.plan import epochs_of
-from megatron_npd.config import Config, load_config
-from megatron_npd.config_section import Section
+from megatron_npd.config import Config, Section, load_config
 from megatron_npd.errors import UserError
 from megatron_npd.process.metrics import read_metrics
 from megatron_npd.run_directory import HELDOUT_STAGE, WARMUP_STAGE, RunDirectory

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_npd.buffer.plan import Plan, make_plan
-from megatron_npd.config import Config
+from megatron_npd.config import Config, SlurmConfig
 from megatron_npd.estimates.disk import disk_estimate
 from megatron_npd.estimates.division import Sizes, best_division
 from megatron_npd.estimates.memory import RoleMemory, annotator_memory, rollout_memory, trainer_memory
@@ -18,7 +18,6 @@ from megatron_npd.hf_config import ModelDims
 from megatron_npd.prepare.preflight import Inputs
 from megatron_npd.process.durations import duration
 from megatron_npd.process.waiting import takes_turns
-from megatron_npd.slurm_config import SlurmConfig
 
 
 def estimate(config: Config, inputs: Inputs, rates_from: Path | None) -> Iterator[str]:

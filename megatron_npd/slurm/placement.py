@@ -13,9 +13,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_npd.config import Config
+from megatron_npd.config import Config, SlurmRoleConfig
 from megatron_npd.errors import UserError
-from megatron_npd.slurm_config import SlurmRoleConfig
 
 TRAINER, ANNOTATOR, ROLLOUT = ROLES = "trainer", "annotator", "rollout"
 

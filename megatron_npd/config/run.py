@@ -15,9 +15,9 @@ from typing import Any, Literal
 import tomli_w
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from megatron_npd.config_section import Section
+from megatron_npd.config.section import Section
+from megatron_npd.config.slurm import SlurmConfig
 from megatron_npd.errors import UserError
-from megatron_npd.slurm_config import SlurmConfig
 
 
 class ModelsConfig(Section):

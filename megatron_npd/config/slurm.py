@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from megatron_npd.config_section import Section
+from megatron_npd.config.section import Section
 
 
 class SlurmRoleConfig(Section):

@@ -1,0 +1,16 @@
+"""The configuration of a run: its tables and keys, with their defaults and rules. Imported from here."""
+
+from megatron_npd.config.run import Config, LaunchConfig, RolloutConfig, TrainingConfig, load_config
+from megatron_npd.config.section import Section
+from megatron_npd.config.slurm import SlurmConfig, SlurmRoleConfig
+
+__all__ = [
+    "Config",
+    "LaunchConfig",
+    "RolloutConfig",
+    "Section",
+    "SlurmConfig",
+    "SlurmRoleConfig",
+    "TrainingConfig",
+    "load_config",
+]
