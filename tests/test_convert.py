@@ -163,8 +163,8 @@ def test_a_data_type_can_be_chosen(tmp_path: Path) -> None:
 def test_verify(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """It passes, says where it cannot compare logits, and fails where they differ or are not numbers."""
     from megatron_npd.conversion.verify import MismatchError, compare_logits, compare_tensors
-    from megatron_npd.hf_config import read_model_dims
     from megatron_npd.mcore.model_parallel import initialize, shutdown
+    from megatron_npd.models.hf_config import read_model_dims
 
     original = make_model("qwen3", tmp_path / "hf", 3)
     convert("hf-to-megatron", "--input", original, "--output", tmp_path / "megatron", "--verify", "1,2,3;4,5")

@@ -15,7 +15,7 @@ from scaled_examples import NAMES
 
 from megatron_npd.cli import main
 from megatron_npd.config import load_config
-from megatron_npd.hf_config import read_model_dims
+from megatron_npd.models.hf_config import read_model_dims
 from megatron_npd.prepare.dtype import decide_dtype
 from megatron_npd.prepare.estimate import role_memories
 from megatron_npd.slurm.placement import slurm_layout

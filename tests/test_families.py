@@ -15,8 +15,8 @@ from tiny_models import ARCHITECTURES, FAMILIES, LLAMA3_ROPE, make_model
 from transformers import AutoConfig
 
 from megatron_npd.errors import UserError
-from megatron_npd.families import FAMILIES as KNOWN
-from megatron_npd.hf_config import RopeScaling, read_model_dims
+from megatron_npd.models.families import FAMILIES as KNOWN
+from megatron_npd.models.hf_config import RopeScaling, read_model_dims
 from megatron_npd.prepare.hf_checkpoint import check_checkpoint
 from megatron_npd.weights.name_map import all_hugging_face_names, rules_for
 

@@ -10,7 +10,7 @@ from inputs import Inputs
 from megatron_npd.cli import main
 from megatron_npd.hardware import host
 from megatron_npd.hardware.device import environment_device
-from megatron_npd.hf_config import read_model_dims
+from megatron_npd.models.hf_config import read_model_dims
 from megatron_npd.prepare.machine import check_machine
 from megatron_npd.process.waiting import takes_turns
 from megatron_npd.supervise import supervisor

@@ -29,7 +29,7 @@ from megatron_npd.estimates.memory import (
 )
 from megatron_npd.estimates.parameters import Widths, layer_parameters, stage_parameters
 from megatron_npd.estimates.rates import SampleRates
-from megatron_npd.hf_config import ModelDims, read_model_dims
+from megatron_npd.models.hf_config import ModelDims, read_model_dims
 from megatron_npd.schema import COLUMNS
 
 DIMS = ModelDims(

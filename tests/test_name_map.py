@@ -11,7 +11,7 @@ from tiny_models import FAMILIES, make_llama, make_model
 
 from megatron_npd.distributed.parallel import SINGLE
 from megatron_npd.errors import UserError
-from megatron_npd.hf_config import read_model_dims
+from megatron_npd.models.hf_config import read_model_dims
 from megatron_npd.weights.layouts import Replicated
 from megatron_npd.weights.load import load_hugging_face
 from megatron_npd.weights.name_map import hugging_face_names, is_tied_copy, rules_for

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from random_sample import make_sample
 
 from megatron_npd.data.batch import PADDING_SEQUENCE, aligned, collate, lay_out
-from megatron_npd.data.cost import CostModel, cost_model
 from megatron_npd.data.packing import pack, pack_balanced
-from megatron_npd.hf_config import ModelDims
+from megatron_npd.models.cost import CostModel, cost_model
+from megatron_npd.models.hf_config import ModelDims
 
 CAPACITY = 32768
 PANGU_1B = ModelDims(

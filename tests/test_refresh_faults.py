@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import make_model, probe_sequences, publish
 
 from megatron_npd.errors import BadVersionError
-from megatron_npd.hf_config import read_model_dims
+from megatron_npd.models.hf_config import read_model_dims
 from megatron_npd.versions.manifest import read_manifest, read_parity_probe, verify_version, write_manifest
 from megatron_npd.versions.staged import ServedVersion, stage_version
 from megatron_npd.vllm_engine import engine as engine_module

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_npd.data.cost import CostModel
+from megatron_npd.models.cost import CostModel
 from megatron_npd.training.schedule import deal, imbalance, learning_rate, plan_steps
 
 IDENTITIES = np.stack([np.arange(50) // 2, np.arange(50) % 2], 1)

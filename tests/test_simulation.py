@@ -13,7 +13,6 @@ from equal_rates import rates
 
 from megatron_npd.buffer.plan import make_plan
 from megatron_npd.config import Config
-from megatron_npd.data.cost import CostModel
 from megatron_npd.errors import UserError
 from megatron_npd.estimates.division import Sizes, best_division, divisions
 from megatron_npd.estimates.rates import (
@@ -21,6 +20,7 @@ from megatron_npd.estimates.rates import (
 )
 from megatron_npd.estimates.simulation import ANNOTATOR, ROLLOUT, TRAINER, Timeline, Workers, simulate
 from megatron_npd.estimates.workload import StageWork, Workload, packs_of_steps, workload
+from megatron_npd.models.cost import CostModel
 from megatron_npd.process.metrics import Metrics
 from megatron_npd.schema import TEACHER_VERSION
 from megatron_npd.training.schedule import plan_steps

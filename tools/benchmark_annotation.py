@@ -148,7 +148,7 @@ def _plan(run: RunDirectory, config: Config) -> Plan:
 
 
 def _vocabulary(config: Config) -> int:
-    from megatron_npd.hf_config import read_model_dims
+    from megatron_npd.models.hf_config import read_model_dims
 
     return min(read_model_dims(folder).vocab_size for folder in (config.models.teacher, config.models.student))
 

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from megatron_npd.buffer.shards import Shard, concatenate_ragged, read_shard, write_shard
-from megatron_npd.data.cost import CostModel
+from megatron_npd.models.cost import CostModel
 from megatron_npd.schema import COLUMNS, Verdict
 from megatron_npd.training.schedule import plan_steps
 

@@ -36,15 +36,15 @@ from pydantic import ValidationError
 
 from megatron_npd.config import TrainingConfig
 from megatron_npd.data.batch import PackedBatch, TrainingSample, collate
-from megatron_npd.data.cost import CostModel, cost_model
 from megatron_npd.errors import USAGE_STATUS, UserError
 from megatron_npd.hardware.host import cores
-from megatron_npd.hf_config import ModelDims, read_model_dims
 from megatron_npd.mcore.acceleration import choose_acceleration
 from megatron_npd.mcore.attention import choose_backend
 from megatron_npd.mcore.model import ModelOptions, build_gpt, named_parameters
 from megatron_npd.mcore.model_parallel import initialize, shutdown
 from megatron_npd.mcore.optimizer import make_trainable, train_step
+from megatron_npd.models.cost import CostModel, cost_model
+from megatron_npd.models.hf_config import ModelDims, read_model_dims
 from megatron_npd.training.schedule import Step, deal, plan_steps
 from megatron_npd.training.step import collect_sums, forward_step
 from megatron_npd.training.student import Student

@@ -81,8 +81,8 @@ def _verify(arguments: argparse.Namespace, parallel: Parallel) -> int:
         compare_tensors,
         prompts_from,
     )
-    from megatron_npd.hf_config import read_model_dims
     from megatron_npd.mcore.torch_dist import find_checkpoint
+    from megatron_npd.models.hf_config import read_model_dims
 
     to_megatron = arguments.direction == "hf-to-megatron"
     folder, checkpoint = arguments.input, arguments.output

@@ -27,7 +27,7 @@ from megatron_npd.data.prompts import load_prompt_set
 from megatron_npd.distributed.parallel import Parallel
 from megatron_npd.errors import USAGE_STATUS, UserError
 from megatron_npd.hardware import device
-from megatron_npd.hf_config import eos_token_ids, read_model_dims
+from megatron_npd.models.hf_config import eos_token_ids, read_model_dims
 from megatron_npd.run_directory import RunDirectory
 
 Answers = list[list[int]]

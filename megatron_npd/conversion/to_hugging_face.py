@@ -16,7 +16,6 @@ from megatron_npd.conversion.staging import identity, staged
 from megatron_npd.conversion.to_megatron import HUGGING_FACE
 from megatron_npd.distributed.parallel import Parallel
 from megatron_npd.errors import UserError
-from megatron_npd.hf_config import ModelDims, read_model_dims
 from megatron_npd.mcore.torch_dist import (
     METADATA,
     CheckpointLayout,
@@ -24,6 +23,7 @@ from megatron_npd.mcore.torch_dist import (
     checkpoint_layout,
     find_checkpoint,
 )
+from megatron_npd.models.hf_config import ModelDims, read_model_dims
 from megatron_npd.run_directory import read_json, write_json
 from megatron_npd.weights.companions import copy_companions
 from megatron_npd.weights.name_map import hugging_face_names, rules_for

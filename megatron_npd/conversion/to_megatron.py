@@ -14,9 +14,9 @@ from megatron_npd.conversion.progress import Progress, Report
 from megatron_npd.conversion.staging import identity, staged
 from megatron_npd.distributed.parallel import Parallel
 from megatron_npd.errors import UserError
-from megatron_npd.hf_config import read_model_dims
 from megatron_npd.mcore.torch_dist import CheckpointLayout, checkpoint_layout
 from megatron_npd.mcore.torch_dist_writer import TorchDistWriter
+from megatron_npd.models.hf_config import read_model_dims
 from megatron_npd.weights.companions import copy_companions
 from megatron_npd.weights.source import HuggingFaceSource, groups_of, weight_files
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_npd.data.sentencepiece_tokenizer import MODEL_FILE, SentencePieceTokenizer
 from megatron_npd.errors import UserError
-from megatron_npd.hf_config import find_family
+from megatron_npd.models.hf_config import find_family
 from megatron_npd.run_directory import read_json
 
 VOCABULARY_FILES = ("tokenizer.json", MODEL_FILE, "vocab.json")
@@ -29,7 +29,7 @@ class Tokenizer:
     encoder: Any
     """A transformers tokenizer, or a `SentencePieceTokenizer`."""
     bos_before_chat: bool
-    """A chat starts with BOS although the template writes none (`families.family.Family`)."""
+    """A chat starts with BOS although the template writes none (`models.families.family.Family`)."""
     control_tokens: frozenset[str]
     """Texts that become control tokens wherever they stand, in a user's words as well."""
 

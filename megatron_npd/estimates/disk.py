@@ -11,7 +11,7 @@ from megatron_npd.config import Config
 from megatron_npd.estimates.memory import element_bytes
 from megatron_npd.estimates.parameters import stage_parameters
 from megatron_npd.estimates.rates import SampleRates
-from megatron_npd.hf_config import ModelDims
+from megatron_npd.models.hf_config import ModelDims
 from megatron_npd.run_directory import HELDOUT_STAGE
 from megatron_npd.schema import COLUMNS
 

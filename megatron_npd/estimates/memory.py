@@ -17,7 +17,7 @@ from pathlib import Path
 from megatron_npd.config import Config, TrainingConfig
 from megatron_npd.estimates.parameters import Widths, stage_parameters
 from megatron_npd.hardware.device import Device
-from megatron_npd.hf_config import ModelDims
+from megatron_npd.models.hf_config import ModelDims
 
 MIB = 2**20
 PROCESS_BYTES = {"trainer": 248 * MIB, "annotator": 276 * MIB, "rollout": 420 * MIB}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_npd.hf_config import ModelDims, padded_vocab_size
+from megatron_npd.models.hf_config import ModelDims, padded_vocab_size
 
 
 @dataclass(frozen=True)

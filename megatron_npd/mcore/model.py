@@ -31,12 +31,12 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_npd.distributed.parallel import Parallel
-from megatron_npd.hf_config import ModelDims, padded_vocab_size
 from megatron_npd.mcore import acceleration
 from megatron_npd.mcore.acceleration import Acceleration
 from megatron_npd.mcore.attention import attention_module
 from megatron_npd.mcore.packed import packed_sequences
 from megatron_npd.mcore.rotary import inverse_frequencies
+from megatron_npd.models.hf_config import ModelDims, padded_vocab_size
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from megatron_npd.hf_config import ModelDims, RopeScaling
+from megatron_npd.models.hf_config import ModelDims, RopeScaling
 
 
 def inverse_frequencies(dims: ModelDims) -> torch.Tensor:

@@ -33,9 +33,9 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from megatron_npd.distributed.parallel import Parallel
 from megatron_npd.errors import UserError
-from megatron_npd.hf_config import ModelDims
 from megatron_npd.mcore.checkpoint import LATEST, latest_checkpoint, model_state
 from megatron_npd.mcore.model import ModelOptions, build_gpt, named_parameters
+from megatron_npd.models.hf_config import ModelDims
 
 BACKEND, BACKEND_VERSION = "torch_dist", 1
 METADATA = ".metadata"

@@ -14,7 +14,7 @@ from megatron_npd.estimates.rates import Rates, read_rates
 from megatron_npd.estimates.simulation import ROLES, Timeline, Workers, simulate
 from megatron_npd.estimates.workload import workload
 from megatron_npd.hardware.device import Device, device_here
-from megatron_npd.hf_config import ModelDims
+from megatron_npd.models.hf_config import ModelDims
 from megatron_npd.prepare.preflight import Inputs
 from megatron_npd.process.durations import duration
 from megatron_npd.process.waiting import takes_turns

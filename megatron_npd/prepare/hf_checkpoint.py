@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from megatron_npd.errors import UserError
-from megatron_npd.hf_config import ModelDims, eos_token_ids, read_model_dims
+from megatron_npd.models.hf_config import ModelDims, eos_token_ids, read_model_dims
 from megatron_npd.run_directory import read_json
 
 INDEX = "model.safetensors.index.json"

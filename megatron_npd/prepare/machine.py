@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from megatron_npd.config import Config
 from megatron_npd.errors import UserError
 from megatron_npd.hardware import device, host
-from megatron_npd.hf_config import ModelDims
+from megatron_npd.models.hf_config import ModelDims
 from megatron_npd.prepare.estimate import names_slurm, role_memories, size_text
 from megatron_npd.process.waiting import takes_turns
 

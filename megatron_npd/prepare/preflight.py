@@ -22,7 +22,7 @@ CONFIG_JSON_NAMES = {
 """Field of `ModelDims` -> what config.json, and so the user, calls it."""
 
 SPLIT_BY_TENSOR_PARALLEL = ("intermediate_size",)
-"""Heads and vocabulary are padded to fit (`ModelDims.padded_kv_heads`, `hf_config.padded_vocab_size`)."""
+"""Heads and vocabulary are padded to fit (`ModelDims.padded_kv_heads`, `models.hf_config.padded_vocab_size`)."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from megatron_npd.buffer.work import take_units
 from megatron_npd.config import Config
 from megatron_npd.data.prompts import PromptSet, load_prompt_set
 from megatron_npd.hardware.device import device_peak_bytes
-from megatron_npd.hf_config import eos_token_ids
+from megatron_npd.models.hf_config import eos_token_ids
 from megatron_npd.process.activity import doing
 from megatron_npd.process.memory import PeakMemory, release_unused, steady_heap
 from megatron_npd.process.metrics import Metrics, metrics_file, process_seconds

@@ -21,7 +21,7 @@ from megatron_npd.buffer.plan import Plan, make_plan
 from megatron_npd.config import Config, LaunchConfig
 from megatron_npd.data.prompts import load_prompt_set
 from megatron_npd.hardware.device import unused_gpus
-from megatron_npd.hf_config import read_model_dims
+from megatron_npd.models.hf_config import read_model_dims
 from megatron_npd.prepare.dtype import describe_dtype
 from megatron_npd.prepare.machine import check_machine
 from megatron_npd.prepare.prepare import as_prepared, check_directory, prepare

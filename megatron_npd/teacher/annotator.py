@@ -28,9 +28,9 @@ from megatron_npd.distributed.collectives import broadcast_object
 from megatron_npd.distributed.together import wait_together
 from megatron_npd.errors import UserError
 from megatron_npd.hardware.device import device_peak_bytes
-from megatron_npd.hf_config import eos_token_ids, read_model_dims
 from megatron_npd.mcore.attention import choose_backend
 from megatron_npd.mcore.model_parallel import initialize, shutdown
+from megatron_npd.models.hf_config import eos_token_ids, read_model_dims
 from megatron_npd.process.activity import doing
 from megatron_npd.process.memory import PeakMemory, release_unused, steady_heap
 from megatron_npd.process.metrics import Metrics, metrics_file, process_seconds

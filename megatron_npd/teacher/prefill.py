@@ -16,7 +16,6 @@ import torch
 from megatron_npd.data.batch import lay_out
 from megatron_npd.data.packing import pack
 from megatron_npd.distributed.parallel import Parallel
-from megatron_npd.hf_config import ModelDims, read_model_dims
 from megatron_npd.kernels import token_logprobs, topk_logprobs
 from megatron_npd.mcore.model import (
     ModelOptions,
@@ -26,6 +25,7 @@ from megatron_npd.mcore.model import (
     projected,
     valid_vocab_columns,
 )
+from megatron_npd.models.hf_config import ModelDims, read_model_dims
 from megatron_npd.process import activity
 from megatron_npd.weights.load import load_hugging_face
 

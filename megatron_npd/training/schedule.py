@@ -11,8 +11,8 @@ import numpy as np
 
 from megatron_npd.buffer.plan import generator, training_order
 from megatron_npd.data.batch import aligned
-from megatron_npd.data.cost import CostModel
 from megatron_npd.data.packing import pack_balanced
+from megatron_npd.models.cost import CostModel
 
 
 @dataclass(frozen=True)

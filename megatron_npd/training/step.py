@@ -17,10 +17,10 @@ import torch
 from megatron_npd.config import TrainingConfig
 from megatron_npd.data.batch import PackedBatch
 from megatron_npd.distributed.parallel import Parallel
-from megatron_npd.hf_config import ModelDims
 from megatron_npd.kernels import linear_ce_topk_kl, token_logprobs
 from megatron_npd.mcore.model import forward_packed, head_weight, projected, valid_vocab_columns
 from megatron_npd.mcore.optimizer import sum_over
+from megatron_npd.models.hf_config import ModelDims
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ import torch
 
 from megatron_npd.config import Config
 from megatron_npd.distributed.parallel import Parallel
-from megatron_npd.hf_config import ModelDims, read_model_dims
 from megatron_npd.mcore.acceleration import choose_acceleration
 from megatron_npd.mcore.attention import choose_backend
 from megatron_npd.mcore.model import ModelOptions, build_gpt, named_parameters
 from megatron_npd.mcore.model_parallel import initialize
 from megatron_npd.mcore.optimizer import Trainable, make_trainable
+from megatron_npd.models.hf_config import ModelDims, read_model_dims
 from megatron_npd.weights.load import load_hugging_face
 
 logger = logging.getLogger(__name__)

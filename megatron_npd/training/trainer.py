@@ -14,7 +14,6 @@ from megatron_npd.buffer.retention import retire_stages
 from megatron_npd.config import Config
 from megatron_npd.data.batch import PackedBatch, aligned, collate
 from megatron_npd.data.context_parallel import context_parallel_share
-from megatron_npd.data.cost import cost_model
 from megatron_npd.data.prompts import load_prompt_set
 from megatron_npd.distributed.collectives import barrier, broadcast_object, greatest
 from megatron_npd.distributed.together import leave_if_asked, wait_together
@@ -23,6 +22,7 @@ from megatron_npd.hardware.device import device_peak_bytes
 from megatron_npd.mcore.checkpoint import Checkpointer, latest_checkpoint, load_checkpoint, read_run_state
 from megatron_npd.mcore.model_parallel import shutdown
 from megatron_npd.mcore.optimizer import micro_batch_multiple, train_step
+from megatron_npd.models.cost import cost_model
 from megatron_npd.process import stopping
 from megatron_npd.process.activity import doing, waiting
 from megatron_npd.process.memory import PeakMemory, release_unused, steady_heap

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Self
 
 from megatron_npd.errors import BadVersionError, UserError
-from megatron_npd.hf_config import ModelDims, model_dims
+from megatron_npd.models.hf_config import ModelDims, model_dims
 from megatron_npd.versions.host_copy import CONFIG, HostCopy
 from megatron_npd.versions.manifest import (
     PARITY,

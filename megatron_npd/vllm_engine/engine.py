@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_npd.config import RolloutConfig
-from megatron_npd.hf_config import read_model_dims
+from megatron_npd.models.hf_config import read_model_dims
 from megatron_npd.process import activity
 from megatron_npd.schema import TEACHER_VERSION, FinishReason
 from megatron_npd.versions.manifest import verified

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import AutoConfig, LlamaConfig
 
-from megatron_npd.families.openpangu import FAMILY
+from megatron_npd.models.families.openpangu import FAMILY
 
 
 class PanguEmbeddedConfig(LlamaConfig):

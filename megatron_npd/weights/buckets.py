@@ -13,7 +13,7 @@ from itertools import chain
 
 import torch
 
-from megatron_npd.hf_config import ModelDims
+from megatron_npd.models.hf_config import ModelDims
 from megatron_npd.weights.name_map import hugging_face_names, is_tied_copy, rules_for
 from megatron_npd.weights.safetensors_writer import TensorSpec
 

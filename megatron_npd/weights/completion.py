@@ -17,7 +17,7 @@ from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_npd.hf_config import ModelDims
+from megatron_npd.models.hf_config import ModelDims
 from megatron_npd.run_directory import fsync_folder, read_json, write_json
 from megatron_npd.versions.manifest import WeightFile, write_manifest
 from megatron_npd.weights.companions import copy_companions

@@ -7,8 +7,8 @@ from typing import Protocol
 
 import torch
 
-from megatron_npd.families.family import Layout
-from megatron_npd.hf_config import ModelDims
+from megatron_npd.models.families.family import Layout
+from megatron_npd.models.hf_config import ModelDims
 
 
 class Arithmetic(Protocol):

@@ -10,7 +10,7 @@ import torch
 
 from megatron_npd.distributed.parallel import Parallel
 from megatron_npd.errors import UserError
-from megatron_npd.hf_config import ModelDims
+from megatron_npd.models.hf_config import ModelDims
 from megatron_npd.weights.name_map import hugging_face_names, rules_for
 from megatron_npd.weights.source import check_names, open_checkpoint
 

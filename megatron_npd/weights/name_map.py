@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from megatron_npd.families import FAMILIES
-from megatron_npd.families.family import TIED_HEAD, UNTIED_HEAD
-from megatron_npd.hf_config import ModelDims
+from megatron_npd.models.families import FAMILIES
+from megatron_npd.models.families.family import TIED_HEAD, UNTIED_HEAD
+from megatron_npd.models.hf_config import ModelDims
 from megatron_npd.weights.layouts import LAYOUTS, Arithmetic
 
 _TENSORS = {family.name: family.tensors for family in FAMILIES.values()}

@@ -22,7 +22,7 @@ import torch
 from megatron_npd.distributed.collectives import broadcast_object, gather_objects, greatest
 from megatron_npd.distributed.parallel import Parallel
 from megatron_npd.errors import STORAGE_ERRNOS, StorageError, UserError
-from megatron_npd.hf_config import ModelDims
+from megatron_npd.models.hf_config import ModelDims
 from megatron_npd.process.waiting import explained
 from megatron_npd.run_directory import RunDirectory
 from megatron_npd.versions.manifest import ParityProbe

@@ -10,7 +10,7 @@ import torch
 
 from megatron_npd.distributed.collectives import gather_bytes
 from megatron_npd.distributed.parallel import Parallel
-from megatron_npd.hf_config import ModelDims
+from megatron_npd.models.hf_config import ModelDims
 from megatron_npd.weights.buckets import LARGEST_BUCKET, SMALLEST_BUCKET, Bucket, deal_buckets, plan_buckets
 from megatron_npd.weights.name_map import hugging_face_names, is_tied_copy, rules_for
 

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_npd.errors import UserError
-from megatron_npd.hf_config import ModelDims
+from megatron_npd.models.hf_config import ModelDims
 from megatron_npd.weights.name_map import (
     all_hugging_face_names,
     hugging_face_names,

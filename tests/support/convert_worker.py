@@ -13,11 +13,11 @@ import torch
 
 from megatron_npd.config import TrainingConfig
 from megatron_npd.distributed.parallel import Parallel
-from megatron_npd.hf_config import read_model_dims
 from megatron_npd.mcore.checkpoint import Checkpointer, load_model_only
 from megatron_npd.mcore.model import ModelOptions, build_gpt
 from megatron_npd.mcore.model_parallel import initialize, leave_layout, shutdown
 from megatron_npd.mcore.optimizer import make_trainable
+from megatron_npd.models.hf_config import read_model_dims
 
 
 def save_again(checkpoint: Path, dtype: torch.dtype, out: Path, parallel: Parallel) -> None:

@@ -19,7 +19,7 @@ import torch
 
 from megatron_npd.distributed.parallel import SINGLE
 from megatron_npd.errors import UserError
-from megatron_npd.hf_config import read_model_dims
+from megatron_npd.models.hf_config import read_model_dims
 from megatron_npd.run_directory import RunDirectory
 from megatron_npd.versions.manifest import ParityProbe, published_versions, verify_version
 from megatron_npd.weights.name_map import hugging_face_names, rules_for

@@ -25,13 +25,13 @@ from megatron_npd.data.context_parallel import context_parallel_share
 from megatron_npd.data.packing import pack_balanced
 from megatron_npd.distributed.collectives import broadcast_object
 from megatron_npd.distributed.parallel import Parallel
-from megatron_npd.hf_config import read_model_dims
 from megatron_npd.mcore import checkpoint
 from megatron_npd.mcore.attention import choose_backend
 from megatron_npd.mcore.checkpoint import Checkpointer, latest_checkpoint, load_checkpoint, read_run_state
 from megatron_npd.mcore.model import ModelOptions, build_gpt, named_parameters
 from megatron_npd.mcore.model_parallel import initialize, leave_layout, shutdown
 from megatron_npd.mcore.optimizer import make_trainable, micro_batch_multiple, train_step
+from megatron_npd.models.hf_config import read_model_dims
 from megatron_npd.training.schedule import deal
 from megatron_npd.training.step import collect_sums, forward_step
 from megatron_npd.weights.load import load_hugging_face

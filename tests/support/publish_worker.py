@@ -26,11 +26,11 @@ from safetensors.torch import save_file
 
 from megatron_npd.config import TrainingConfig
 from megatron_npd.errors import UserError
-from megatron_npd.hf_config import read_model_dims
 from megatron_npd.mcore.attention import choose_backend
 from megatron_npd.mcore.model import ModelOptions, build_gpt, named_parameters
 from megatron_npd.mcore.model_parallel import initialize, leave_layout, shutdown
 from megatron_npd.mcore.optimizer import make_trainable, train_step
+from megatron_npd.models.hf_config import read_model_dims
 from megatron_npd.run_directory import RunDirectory
 from megatron_npd.training.step import forward_step
 from megatron_npd.weights import share

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_npd.hf_config import ModelDims
+from megatron_npd.models.hf_config import ModelDims
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_npd.families.family import ATTENTION_BIAS, DENSE, AttentionBias, Family
+from megatron_npd.models.families.family import ATTENTION_BIAS, DENSE, AttentionBias, Family
 
 CHAT_TEMPLATE = (
     "{%- set names = {'system': '系统', 'user': '用户', 'assistant': '助手', 'tool': '工具'} -%}"

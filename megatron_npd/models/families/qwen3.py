@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_npd.families.family import DENSE, QK_NORM, Family
+from megatron_npd.models.families.family import DENSE, QK_NORM, Family
 
 FAMILY = Family(
     name="qwen3",

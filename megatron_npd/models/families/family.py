@@ -32,7 +32,7 @@ class Tensors:
     hugging_face: tuple[str, ...]
     layout: Layout
     only_if: str | None = None
-    """Flag of `hf_config.ModelDims` without which the tensors do not exist."""
+    """Flag of `models.hf_config.ModelDims` without which the tensors do not exist."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Family:
     """All but the output head's."""
     bias: AttentionBias | None = None
     qk_norm: bool = False
-    """See `hf_config.ModelDims`."""
+    """See `models.hf_config.ModelDims`."""
     num_kv_heads: int | None = None
     """num_key_value_heads where the key is absent; None: as many as query heads (as where it is null)."""
     head_dim: int | None = None

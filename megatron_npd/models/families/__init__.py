@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_npd.families import llama, openpangu, qwen2, qwen3
+from megatron_npd.models.families import llama, openpangu, qwen2, qwen3
 
 FAMILIES = {module.FAMILY.architecture: module.FAMILY for module in (llama, qwen2, qwen3, openpangu)}
 """Architecture named by a checkpoint's config.json -> its family."""

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_npd.errors import UserError
-from megatron_npd.families import FAMILIES
-from megatron_npd.families.family import AttentionBias, Family
+from megatron_npd.models.families import FAMILIES
+from megatron_npd.models.families.family import AttentionBias, Family
 
 
 @dataclass(frozen=True)

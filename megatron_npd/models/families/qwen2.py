@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_npd.families.family import ATTENTION_BIAS, DENSE, AttentionBias, Family
+from megatron_npd.models.families.family import ATTENTION_BIAS, DENSE, AttentionBias, Family
 
 FAMILY = Family(
     name="qwen2",
