@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_npd import __version__
 from megatron_npd.errors import STORAGE_STATUS, USAGE_STATUS, BadVersionError, UserError, storage_reason
+from megatron_npd.roles import ANNOTATOR, ROLLOUT, SIDECAR, STUDENT, TEACHER, TRAINER
 
 if TYPE_CHECKING:
     from megatron_npd.config import Config
 
 Arguments = argparse.Namespace
+ALL_POLICIES = "all"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -103,22 +105,22 @@ def _prepare(arguments: Arguments) -> None:
 
 
 def _trainer(arguments: Arguments) -> None:
-    config = _enter_role(arguments, "trainer")
+    config = _enter_role(arguments, TRAINER)
     from megatron_npd.training import trainer
 
     trainer.run(config)
 
 
 def _annotator(arguments: Arguments) -> None:
-    config = _enter_role(arguments, "annotator")
+    config = _enter_role(arguments, ANNOTATOR)
     from megatron_npd.teacher import annotator
 
     annotator.run(config)
 
 
 def _rollout(arguments: Arguments) -> int:
-    config = _enter_role(arguments, "rollout")
-    if arguments.policy == "all":
+    config = _enter_role(arguments, ROLLOUT)
+    if arguments.policy == ALL_POLICIES:
         from megatron_npd.supervise.policies import sample_both
 
         return sample_both(config)
@@ -201,7 +203,7 @@ def _enter_role(arguments: Arguments, role: str) -> Config:
     from megatron_npd.process import stopping
     from megatron_npd.process.heartbeat import Heartbeat
     from megatron_npd.process.logs import configure_logging
-    from megatron_npd.supervise.role_work import ROLLOUT, role_environment
+    from megatron_npd.supervise.role_work import role_environment
 
     config = _load(arguments)
     run = open_run(config)
@@ -219,8 +221,8 @@ def _enter_role(arguments: Arguments, role: str) -> Config:
     if unused := device.unused_gpus():
         logging.getLogger(__name__).warning(unused)
     stopping.install()
-    if role != "rollout" or arguments.policy != "all":  # which has processes of its own
-        name = ROLLOUT[arguments.policy] if role == "rollout" else role
+    if role != ROLLOUT or arguments.policy != ALL_POLICIES:  # which has processes of its own
+        name = SIDECAR[arguments.policy] if role == ROLLOUT else role
         Heartbeat(run, name, int(os.environ.get("RANK", 0))).start()
     return config
 
@@ -268,15 +270,15 @@ def _parser() -> argparse.ArgumentParser:
         "--slurm", metavar="GPUS", help="a task of an srun step whose GPUs on each node are these: 0-3, 5 or none"
     )
     for name, command, text in (
-        ("trainer", _trainer, "one trainer rank (RANK, WORLD_SIZE from torchrun, npd run, or srun with --slurm)"),
-        ("annotator", _annotator, "one annotator rank"),
-        ("rollout", _rollout, "one rollout sidecar; any number may work in one run directory"),
+        (TRAINER, _trainer, "one trainer rank (RANK, WORLD_SIZE from torchrun, npd run, or srun with --slurm)"),
+        (ANNOTATOR, _annotator, "one annotator rank"),
+        (ROLLOUT, _rollout, "one rollout sidecar; any number may work in one run directory"),
     ):
         role = commands.add_parser(name, help=text, description=text, parents=[of_role])
         role.set_defaults(command=command)
-        if name == "rollout":
+        if name == ROLLOUT:
             role.add_argument(
-                "--policy", choices=("student", "teacher", "all"), default="student",
+                "--policy", choices=(STUDENT, TEACHER, ALL_POLICIES), default=STUDENT,
                 help="whose responses; all: the teacher's, then the student's",
             )  # fmt: skip
 

@@ -15,14 +15,8 @@ metrics/ROLE.jsonl  logs/ROLE.log  tensorboard/  student_hf/  summary.json  repo
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import tempfile
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 HELDOUT_STAGE = "heldout"
 WARMUP_STAGE = "warmup"
@@ -31,8 +25,6 @@ LATEST_CHECKPOINT = "latest.txt"
 """In checkpoints/: name of the current one."""
 CHECKPOINT_STATE = "run_state.json"
 """In a checkpoint: where in the plan the run stands."""
-
-_PROBE_BYTES = 1 << 20
 
 
 def round_stage(index: int) -> str:
@@ -125,88 +117,3 @@ class RunDirectory:
     def turn(self) -> Path:
         """Lock file by which the roles of one machine take turns."""
         return self.root / "turn.lock"
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make the entries of a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that it appears whole or not at all, replacing one that is there: temporary name, fsync, rename,
-    fsync of the folder."""
-    with _temporary_file(path, lambda temporary: temporary.write_bytes(content)) as temporary:
-        os.rename(temporary, path)
-    fsync_folder(path.parent)
-
-
-def create_atomically(path: Path, write: Callable[[Path], object]) -> bool:
-    """Like `write_atomically`, but a file that is there stays as it is: then False, and nothing was written.
-
-    `write` fills the file of the path it is given. A hard link appears at once and never replaces. Where the filesystem
-    has none, two writers at the very same moment may both succeed, and the file of the later one stays.
-    """
-    with _temporary_file(path, write) as temporary:
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
-            # NFS may have done it, lost its answer, and been asked again.
-            created = os.path.samefile(temporary, path)
-        except OSError:
-            created = not path.exists()
-            if created:
-                os.rename(temporary, path)
-        else:
-            created = True
-    if created:
-        fsync_folder(path.parent)
-    return created
-
-
-@contextlib.contextmanager
-def _temporary_file(path: Path, write: Callable[[Path], object]) -> Iterator[Path]:
-    """A durable file beside `path`, which must be renamed or linked within the block: what is left of it is removed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "rb") as file:
-            os.fchmod(file.fileno(), 0o644)
-            write(Path(name))
-            os.fsync(file.fileno())
-        yield Path(name)
-    except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk alone does not tell which
-        raise
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-
-
-def probe_writing(folder: Path) -> None:
-    """Write a little into a folder and take it away again.
-
-    Raises:
-        OSError: why nothing can be written there.
-    """
-    try:
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            probe.write(bytes(_PROBE_BYTES))
-            probe.flush()
-            os.fsync(probe.fileno())
-    except OSError as error:
-        error.filename = str(folder)
-        raise
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically, human-readable."""
-    write_atomically(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))

@@ -20,8 +20,9 @@ from tiny_tokenizer import TEMPLATE, make_tokenizer
 from megatron_npd.cli import main
 from megatron_npd.config import load_config
 from megatron_npd.data.prompts import load_prompt_set
+from megatron_npd.files import read_json
 from megatron_npd.prepare.provenance import provenance
-from megatron_npd.run_directory import RunDirectory, read_json
+from megatron_npd.run_directory import RunDirectory
 
 Refuse = Callable[..., str]
 

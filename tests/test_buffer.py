@@ -216,7 +216,8 @@ from pathlib import Path
 from megatron_npd.buffer.plan import make_plan
 from megatron_npd.buffer.work import take_units
 from megatron_npd.config import load_config
-from megatron_npd.run_directory import RunDirectory, write_atomically
+from megatron_npd.run_directory import RunDirectory
+from megatron_npd.files import write_atomically
 
 config, stall = load_config(sys.argv[1]), int(sys.argv[2])
 run = RunDirectory(Path(config.run_directory))

@@ -14,7 +14,8 @@ from inputs import Inputs
 from signs import leave_sign
 
 from megatron_npd.buffer.plan import make_plan
-from megatron_npd.run_directory import RunDirectory, write_atomically
+from megatron_npd.files import write_atomically
+from megatron_npd.run_directory import RunDirectory
 from megatron_npd.supervise.console import Console, fitted
 from megatron_npd.supervise.journal import Journal
 from megatron_npd.supervise.progress import Progress

@@ -71,13 +71,13 @@ NORM, PROJ = "model.norm.weight", "model.layers.1.self_attn.o_proj.weight"
 BAD_HUGGING_FACE: dict[str, tuple[Callable[[Path], object], str]] = {
     "nothing there": (shutil.rmtree, "hf/config.json: cannot read: No such file"),
     "unknown family": (lambda f: change_config(f, architectures=["GPT2LMHeadModel"]), "GPT2LMHeadModel is not support"),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), "holds no *.safetensors file"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "no *.safetensors file in it"),
     "not safetensors": (lambda f: (f / "model.safetensors").write_bytes(b"x" * 99), "not a readable safetensors file"),
     "cut short": (lambda f: os.truncate(f / "model.safetensors", 9999), "not a readable safetensors file"),
-    "missing tensor": (lambda f: change_weights(f, lambda t: t.pop(PROJ)), f"tensor {PROJ} missing"),
+    "missing tensor": (lambda f: change_weights(f, lambda t: t.pop(PROJ)), f"tensor {PROJ} is missing"),
     "unknown tensor": (
         lambda f: change_weights(f, lambda t: t.update({"model.extra": torch.zeros(1)})),
-        "tensor model.extra not known to this family",
+        "tensor model.extra is not known to the llama family",
     ),
     "wrong shape": (
         lambda f: change_weights(f, lambda t: t.update({PROJ: torch.zeros(96, 95)})),
@@ -94,7 +94,7 @@ BAD_HUGGING_FACE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "listed file missing": (
         lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "other.safetensors"}}'),
-        "other.safetensors: no such file, though model.safetensors.index.json lists it",
+        "weight file other.safetensors is missing, though model.safetensors.index.json lists it",
     ),
 }
 BAD_MEGATRON: dict[str, tuple[Callable[[Path], object], str]] = {

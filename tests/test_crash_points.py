@@ -13,7 +13,7 @@ from system_calls import killed_at
 
 from megatron_npd.buffer.leases import claim
 from megatron_npd.buffer.shards import Shard, read_shard, write_shard
-from megatron_npd.run_directory import read_json, write_json
+from megatron_npd.files import read_json, write_json
 
 pytestmark = pytest.mark.slow
 

@@ -16,9 +16,9 @@ from transformers import AutoConfig
 
 from megatron_npd.errors import UserError
 from megatron_npd.models.families import FAMILIES as KNOWN
+from megatron_npd.models.hf_checkpoint import check_checkpoint
 from megatron_npd.models.hf_config import RopeScaling, read_model_dims
-from megatron_npd.prepare.hf_checkpoint import check_checkpoint
-from megatron_npd.weights.name_map import all_hugging_face_names, rules_for
+from megatron_npd.models.tensor_map import all_hugging_face_names, parameter_map
 
 SIZES = {
     "vocab_size": 128,
@@ -172,7 +172,7 @@ def test_a_checkpoint_holds_exactly_the_tensors_of_its_rules(family: str, tied: 
     checkpoint = check_checkpoint("models.student", folder)
     with safe_open(folder / "model.safetensors", "pt") as file:
         assert set(file.keys()) == set(all_hugging_face_names(checkpoint.dims))
-    names = rules_for(checkpoint.dims)
+    names = parameter_map(checkpoint.dims)
     qkv_bias, output_bias = family in ("qwen2", "openpangu"), family == "openpangu"
     assert ("decoder.layers.1.self_attention.linear_qkv.bias" in names) == checkpoint.dims.qkv_bias == qkv_bias
     assert ("decoder.layers.1.self_attention.linear_proj.bias" in names) == checkpoint.dims.output_bias == output_bias

@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from megatron_npd.buffer import leases
 from megatron_npd.buffer.leases import Lease, claim, filesystem_time, lease
-from megatron_npd.run_directory import create_atomically
+from megatron_npd.files import create_atomically
 
 SECONDS = 60.0
 

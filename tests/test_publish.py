@@ -29,11 +29,12 @@ from tiny_models import FAMILIES, make_llama, make_model
 from transformers import AutoModelForCausalLM
 
 from megatron_npd.errors import UserError
+from megatron_npd.files import read_json
 from megatron_npd.models.hf_config import read_model_dims
-from megatron_npd.run_directory import RunDirectory, read_json
+from megatron_npd.models.tensor_map import all_hugging_face_names
+from megatron_npd.run_directory import RunDirectory
 from megatron_npd.versions.manifest import published_versions, read_parity_probe, verify_version
 from megatron_npd.weights.buckets import deal_buckets, plan_buckets
-from megatron_npd.weights.name_map import all_hugging_face_names
 from megatron_npd.weights.publish import Published
 
 NAMES = {"config.json", "generation_config.json", "parity.json", "version.json", "model.safetensors.index.json"}

@@ -19,11 +19,12 @@ from megatron_npd.buffer.shards import Shard, concatenate_ragged, write_shard
 from megatron_npd.config import Config
 from megatron_npd.data.prompts import save_prompt_set
 from megatron_npd.errors import UserError
+from megatron_npd.files import read_json, write_atomically, write_json
 from megatron_npd.process.metrics import Metrics
 from megatron_npd.report.inspect import WIDTH, _sample_lines, inspect
 from megatron_npd.report.plots import plot_histogram, plot_scatter
 from megatron_npd.report.summary import collect_scores, summarise, write_report
-from megatron_npd.run_directory import RunDirectory, read_json, write_atomically, write_json
+from megatron_npd.run_directory import RunDirectory
 from megatron_npd.schema import ROLLOUT_COLUMNS, TEACHER_VERSION, FinishReason, Verdict
 from megatron_npd.selection.delta_ifd import judge
 

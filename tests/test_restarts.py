@@ -16,7 +16,8 @@ from supervised import SLEEP, alive, python, role, run, until_supervisor_says, w
 
 from megatron_npd.config import LaunchConfig
 from megatron_npd.errors import STORAGE_STATUS
-from megatron_npd.run_directory import RunDirectory, write_json
+from megatron_npd.files import write_json
+from megatron_npd.run_directory import RunDirectory
 from megatron_npd.supervise import shift
 from megatron_npd.supervise.children import Child, Command
 from megatron_npd.supervise.crew import Crew

@@ -18,10 +18,11 @@ from megatron_npd.estimates.division import Sizes, best_division, divisions
 from megatron_npd.estimates.rates import (
     read_rates,
 )
-from megatron_npd.estimates.simulation import ANNOTATOR, ROLLOUT, TRAINER, Timeline, Workers, simulate
+from megatron_npd.estimates.simulation import Timeline, Workers, simulate
 from megatron_npd.estimates.workload import StageWork, Workload, packs_of_steps, workload
 from megatron_npd.models.cost import CostModel
 from megatron_npd.process.metrics import Metrics
+from megatron_npd.roles import ANNOTATOR, ROLLOUT, TRAINER
 from megatron_npd.schema import TEACHER_VERSION
 from megatron_npd.training.schedule import plan_steps
 

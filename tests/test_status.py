@@ -24,6 +24,7 @@ from megatron_npd.buffer.leases import lease
 from megatron_npd.buffer.shards import read_or_quarantine
 from megatron_npd.cli import main
 from megatron_npd.errors import UserError
+from megatron_npd.files import write_atomically, write_json
 from megatron_npd.prepare.prepare import prepare
 from megatron_npd.process import activity
 from megatron_npd.process.activity import doing, waiting
@@ -33,13 +34,7 @@ from megatron_npd.process.metrics import Metrics
 from megatron_npd.process.waiting import explained, turn, wait_for
 from megatron_npd.report.status import status
 from megatron_npd.report.status_text import as_text
-from megatron_npd.run_directory import (
-    CHECKPOINT_STATE,
-    LATEST_CHECKPOINT,
-    RunDirectory,
-    write_atomically,
-    write_json,
-)
+from megatron_npd.run_directory import CHECKPOINT_STATE, LATEST_CHECKPOINT, RunDirectory
 from megatron_npd.supervise.exclusive import only_supervisor
 from megatron_npd.supervise.journal import FAILURE, RESTART, Journal
 from megatron_npd.supervise.leftovers import remove_dead_signs, remove_unfinished

@@ -14,9 +14,10 @@ from supervised import SLEEP, python, role, run, wait_until
 
 from megatron_npd.buffer.plan import make_plan
 from megatron_npd.errors import NODE_LOST_STATUS, USAGE_STATUS
+from megatron_npd.files import write_json
 from megatron_npd.process.heartbeat import Heartbeat
 from megatron_npd.process.logs import first_failed_task
-from megatron_npd.run_directory import RunDirectory, write_json
+from megatron_npd.run_directory import RunDirectory
 from megatron_npd.slurm.srun_steps import Step, roles_of_steps
 from megatron_npd.supervise.children import Child, stop
 from megatron_npd.supervise.leftovers import return_stale_leases

@@ -30,7 +30,8 @@ import sys, tempfile
 from pathlib import Path
 from megatron_npd.supervise.console import Console
 from megatron_npd.prepare.prepare import load_run_config
-from megatron_npd.supervise.role_work import TRAINER, roles_of
+from megatron_npd.roles import TRAINER
+from megatron_npd.supervise.role_work import roles_of
 from megatron_npd.supervise.supervisor import watch_run
 from megatron_npd.run_directory import RunDirectory
 

@@ -20,9 +20,10 @@ from supervised import SLEEP, WITH_GRANDCHILD, alive, pids_in, python, role, run
 
 from megatron_npd.buffer.plan import make_plan
 from megatron_npd.cli import main
+from megatron_npd.files import write_atomically, write_json
 from megatron_npd.process.logs import tail
 from megatron_npd.process.metrics import Metrics, read_metrics
-from megatron_npd.run_directory import RunDirectory, write_atomically, write_json
+from megatron_npd.run_directory import RunDirectory
 from megatron_npd.supervise.children import Child, Command, describe_exit, stop
 from megatron_npd.supervise.console import Console
 from megatron_npd.supervise.guardian import MARK, marked

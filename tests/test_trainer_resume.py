@@ -19,8 +19,9 @@ from npd_runs import assert_same_versions
 from places import SUPPORT
 from safetensors.torch import load_file
 
+from megatron_npd.files import read_json
 from megatron_npd.process.metrics import read_metrics
-from megatron_npd.run_directory import RunDirectory, read_json
+from megatron_npd.run_directory import RunDirectory
 from megatron_npd.versions.manifest import published_versions
 
 pytestmark = pytest.mark.slow

@@ -29,7 +29,8 @@ from megatron_npd.buffer.shards import CorruptShardError, Shard, read_shard
 from megatron_npd.config import Config, load_config
 from megatron_npd.data.prompts import load_prompt_set
 from megatron_npd.errors import USAGE_STATUS, UserError
-from megatron_npd.run_directory import RunDirectory, write_json
+from megatron_npd.files import write_json
+from megatron_npd.run_directory import RunDirectory
 from megatron_npd.schema import Verdict
 from megatron_npd.selection.delta_ifd import ifd
 

@@ -31,10 +31,10 @@ from megatron_npd.conversion.to_hugging_face import to_hugging_face
 from megatron_npd.conversion.to_megatron import to_megatron
 from megatron_npd.distributed.parallel import Parallel
 from megatron_npd.errors import USAGE_STATUS, UserError
+from megatron_npd.files import write_json
 from megatron_npd.mcore.model_parallel import initialize, shutdown
 from megatron_npd.mcore.torch_dist import checkpoint_layout
 from megatron_npd.models.hf_config import read_model_dims
-from megatron_npd.run_directory import write_json
 from megatron_npd.versions.manifest import sha256
 from megatron_npd.weights.safetensors_writer import TensorSpec, plan_shards, write_index, write_shard
 from megatron_npd.weights.source import groups_of, hugging_face_shapes

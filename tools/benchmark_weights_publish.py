@@ -37,12 +37,13 @@ from megatron_npd.data.batch import TrainingSample, collate
 from megatron_npd.distributed.collectives import barrier
 from megatron_npd.distributed.parallel import Parallel
 from megatron_npd.errors import USAGE_STATUS, UserError
+from megatron_npd.files import read_json, write_json
 from megatron_npd.mcore.attention import choose_backend
 from megatron_npd.mcore.model import ModelOptions, build_gpt, named_parameters
 from megatron_npd.mcore.model_parallel import initialize, shutdown
 from megatron_npd.mcore.optimizer import Trainable, make_trainable, train_step
 from megatron_npd.models.hf_config import read_model_dims
-from megatron_npd.run_directory import RunDirectory, read_json, write_json
+from megatron_npd.run_directory import RunDirectory
 from megatron_npd.training.step import forward_step
 from megatron_npd.weights.publish import Published, Publisher
 

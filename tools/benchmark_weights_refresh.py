@@ -24,8 +24,8 @@ from typing import Any
 
 from megatron_npd.config import RolloutConfig
 from megatron_npd.errors import USAGE_STATUS, UserError
+from megatron_npd.files import write_json
 from megatron_npd.rollout.parity import check_parity
-from megatron_npd.run_directory import write_json
 from megatron_npd.versions.manifest import PARITY, verify_version, write_manifest
 from megatron_npd.vllm_engine.engine import Request, RolloutEngine
 

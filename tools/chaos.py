@@ -38,7 +38,8 @@ from megatron_npd.buffer.plan import make_plan
 from megatron_npd.buffer.shards import CorruptShardError, read_shard
 from megatron_npd.config import Config, load_config
 from megatron_npd.data.prompts import load_prompt_set
-from megatron_npd.run_directory import RunDirectory, read_json
+from megatron_npd.files import read_json
+from megatron_npd.run_directory import RunDirectory
 from megatron_npd.versions.manifest import MANIFEST, published_versions
 
 MARK = "NPD_CHAOS"

@@ -21,9 +21,9 @@ from megatron_npd.config import Config, load_config
 from megatron_npd.errors import UserError
 from megatron_npd.estimates.division import Division, Sizes, best_division
 from megatron_npd.estimates.rates import Rates, read_rates
-from megatron_npd.estimates.simulation import ROLES
 from megatron_npd.estimates.workload import workload
 from megatron_npd.process.durations import duration
+from megatron_npd.roles import ROLES
 
 SIZES = "8,16,32,64,128,256,512,1024"
 

@@ -15,7 +15,8 @@ from typing import Any
 from megatron_npd.buffer.listing import COLLECTED, stage_bytes, stage_folder
 from megatron_npd.buffer.plan import Plan, Stage
 from megatron_npd.buffer.shards import CorruptShardError, ShardFile
-from megatron_npd.run_directory import RunDirectory, read_json, write_json
+from megatron_npd.files import read_json, write_json
+from megatron_npd.run_directory import RunDirectory
 from megatron_npd.schema import Verdict
 
 logger = logging.getLogger(__name__)

@@ -9,6 +9,7 @@ pickle, no torch.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
@@ -24,7 +25,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save_file
 from xxhash import xxh3_128
 
-from megatron_npd.run_directory import create_atomically, fsync_folder
+from megatron_npd.files import create_atomically, fsync_folder
+from megatron_npd.safetensors_format import StoredAs, parse_header
 from megatron_npd.schema import COLUMNS, SCHEMA_VERSION
 
 logger = logging.getLogger(__name__)
@@ -96,8 +98,7 @@ def read_shard(path: Path, kind: str) -> Shard:
     """
     content = path.read_bytes()
     try:
-        header_length = int.from_bytes(content[:8], "little")
-        header = json.loads(json.loads(content[8 : 8 + header_length])["__metadata__"]["npd"])
+        header = json.loads(parse_header(lambda offset, size: content[offset : offset + size]).metadata["npd"])
         columns = load(content)
         claimed = header.pop("xxh3")
         actual = _digest(header, columns)
@@ -142,6 +143,9 @@ class ShardFile:
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise CorruptShardError(f"{path}: not a readable shard ({error})") from None
 
+    def __len__(self) -> int:
+        return self._columns["prompt_index"][1][0]
+
     def __getitem__(self, column: str) -> np.ndarray:
         """A whole column."""
         return self.rows(column, 0, self._columns[column][1][0])
@@ -172,16 +176,12 @@ class ShardFile:
     def _read_header(self) -> tuple[dict[str, Any], dict[str, Placed]]:
         """The `npd` metadata, and where the columns lie; together they fill the file."""
         size = self._identity[1]
-        start = 8 + int.from_bytes(self._read(0, 8), "little")
-        if start > size:
-            raise ValueError(f"a header of {start - 8} bytes in a file of {size}")
-        tensors = json.loads(self._read(8, start - 8))
-        header = json.loads(tensors.pop("__metadata__")["npd"])
-        columns = {name: _placed(entry, start, size) for name, entry in tensors.items()}
-        end = start + sum(dtype.itemsize * math.prod(shape) for dtype, shape, _ in columns.values())
+        header = parse_header(lambda offset, wanted: self._read(offset, min(wanted, size - offset)))
+        columns = {name: _placed(stored, header.end, size) for name, stored in header.tensors.items()}
+        end = header.end + sum(dtype.itemsize * math.prod(shape) for dtype, shape, _ in columns.values())
         if end != size:
             raise ValueError(f"{size} bytes, the header says {end}")
-        return header, columns
+        return json.loads(header.metadata["npd"]), columns
 
     def _read(self, offset: int, size: int) -> bytearray:
         content = bytearray()
@@ -194,6 +194,16 @@ class ShardFile:
                 raise CorruptShardError(f"{self.path}: ends before byte {offset + size}")
             content += part
         return content
+
+
+def count_samples(path: Path, kind: str) -> int:
+    """Samples of a shard, from its header alone.
+
+    Raises:
+        CorruptShardError: see `ShardFile`.
+    """
+    with contextlib.closing(ShardFile(path, kind)) as shard:
+        return len(shard)
 
 
 def read_or_quarantine(path: Path, kind: str) -> Shard | None:
@@ -239,12 +249,13 @@ def _metadata(path: Path, kind: str, header: dict[str, Any]) -> dict[str, Any]:
     return header
 
 
-def _placed(entry: dict[str, Any], start: int, size: int) -> Placed:
-    """Where a column lies, of its entry in a safetensors header. `start`: of all data; `size`: of the file."""
-    dtype, shape, (begin, end) = np.dtype(DTYPES[entry["dtype"]]), tuple(entry["shape"]), entry["data_offsets"]
-    if not 0 <= begin <= end <= size - start or end - begin != dtype.itemsize * math.prod(shape):
-        raise ValueError(f"{dtype}{shape} at {begin}:{end} of {size - start} bytes")
-    return dtype, shape, start + begin
+def _placed(stored: StoredAs, start: int, size: int) -> Placed:
+    """Where a column lies. `start`: of all columns; `size`: of the file."""
+    dtype = np.dtype(DTYPES[stored.dtype])
+    fits = start <= stored.begin <= stored.end <= size
+    if not fits or stored.end - stored.begin != dtype.itemsize * math.prod(stored.shape):
+        raise ValueError(f"{dtype}{stored.shape} at {stored.begin}:{stored.end} of {size} bytes")
+    return dtype, stored.shape, stored.begin
 
 
 def _check_columns(kind: str, columns: Mapping[str, np.ndarray]) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_npd.errors import UserError
-from megatron_npd.run_directory import fsync_folder, read_json, write_json
+from megatron_npd.files import fsync_folder, make_durable, read_json, write_json
 
 JOB, LOCK = "job.json", "lock"
 _MARKS = ("config.json", "metadata.json")
@@ -60,7 +60,7 @@ def staged(output: Path, inputs: Sequence[Path], job: dict[str, Any], overwrite:
         yield staging
         (staging / JOB).unlink()
         (staging / LOCK).unlink()
-        _make_durable(staging)
+        make_durable(staging)
         _replace(staging, output)
 
 
@@ -116,17 +116,6 @@ def _check_space(staging: Path, nbytes: int) -> None:
     wanted, free = nbytes + _SPARE_BYTES - there, shutil.disk_usage(filesystem).free
     if wanted > free:
         raise UserError(f"{filesystem}: {free / 1e9:.2f} GB free; must be at least {wanted / 1e9:.2f} GB")
-
-
-def _make_durable(folder: Path) -> None:
-    """Files already written durably cost nothing here."""
-    for entry in folder.iterdir():
-        if entry.is_dir():
-            _make_durable(entry)
-        else:
-            with open(entry, "rb") as stream:
-                os.fsync(stream.fileno())
-    fsync_folder(folder)
 
 
 def _replace(staging: Path, output: Path) -> None:

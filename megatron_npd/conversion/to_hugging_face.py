@@ -16,6 +16,7 @@ from megatron_npd.conversion.staging import identity, staged
 from megatron_npd.conversion.to_megatron import HUGGING_FACE
 from megatron_npd.distributed.parallel import Parallel
 from megatron_npd.errors import UserError
+from megatron_npd.files import read_json, write_json
 from megatron_npd.mcore.torch_dist import (
     METADATA,
     CheckpointLayout,
@@ -24,9 +25,9 @@ from megatron_npd.mcore.torch_dist import (
     find_checkpoint,
 )
 from megatron_npd.models.hf_config import ModelDims, read_model_dims
-from megatron_npd.run_directory import read_json, write_json
+from megatron_npd.models.tensor_map import parameter_map
 from megatron_npd.weights.companions import copy_companions
-from megatron_npd.weights.name_map import hugging_face_names, rules_for
+from megatron_npd.weights.layouts import unshard
 from megatron_npd.weights.safetensors_writer import TensorSpec, is_written, plan_shards, write_index, write_shard
 from megatron_npd.weights.source import groups_of, hugging_face_shapes
 from megatron_npd.weights.tensor_file import DTYPES
@@ -92,7 +93,7 @@ class StoredModel:
         """Raises UserError where the checkpoint does not hold a model of `dims`."""
         reader.check(layout)
         self._reader, self._layout, self._dims = reader, layout, dims
-        self._rules = rules_for(dims)
+        self._parameters = parameter_map(dims)
         self._home: dict[str, str] = {}  # Hugging Face name -> the parameter it is a part of, in the model's order
         self._shapes = self._checked_shapes()
         self._parts: dict[str, torch.Tensor] = {}
@@ -122,9 +123,7 @@ class StoredModel:
         return self._parts[hf_name]
 
     def _read_parameter(self, name: str) -> dict[str, torch.Tensor]:
-        rule, layer = self._rules[name]
-        parts = rule.layout.unshard([self._reader.read(self._layout.places[name])], self._dims)
-        return dict(zip(hugging_face_names(rule, layer), parts, strict=True))
+        return unshard(self._parameters[name], [self._reader.read(self._layout.places[name])], self._dims)
 
     def _checked_shapes(self) -> dict[str, tuple[int, ...]]:
         """Hugging Face name -> shape; what is stored may be padded, and differ in nothing else from the model's."""

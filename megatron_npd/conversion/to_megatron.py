@@ -16,9 +16,10 @@ from megatron_npd.distributed.parallel import Parallel
 from megatron_npd.errors import UserError
 from megatron_npd.mcore.torch_dist import CheckpointLayout, checkpoint_layout
 from megatron_npd.mcore.torch_dist_writer import TorchDistWriter
+from megatron_npd.models.hf_checkpoint import weight_files
 from megatron_npd.models.hf_config import read_model_dims
 from megatron_npd.weights.companions import copy_companions
-from megatron_npd.weights.source import HuggingFaceSource, groups_of, weight_files
+from megatron_npd.weights.source import HuggingFaceSource, groups_of
 
 HUGGING_FACE = "hf"
 """Folder of a converted checkpoint that holds configuration and tokenizer."""

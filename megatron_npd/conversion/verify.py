@@ -15,12 +15,12 @@ from megatron_npd.conversion.to_hugging_face import StoredModel
 from megatron_npd.data.prompts import read_chats
 from megatron_npd.distributed.parallel import Parallel
 from megatron_npd.errors import UserError
+from megatron_npd.files import read_json
 from megatron_npd.mcore.checkpoint import load_model_only
 from megatron_npd.mcore.model import ModelOptions, build_gpt, forward_packed, projected
 from megatron_npd.mcore.torch_dist import TorchDistReader, checkpoint_layout
+from megatron_npd.models.hf_checkpoint import weight_files
 from megatron_npd.models.hf_config import ModelDims, read_model_dims
-from megatron_npd.run_directory import read_json
-from megatron_npd.weights.source import weight_files
 from megatron_npd.weights.tensor_file import stored_tensors
 
 TOLERANCE = 1e-5

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from megatron_npd.errors import UserError
-from megatron_npd.run_directory import write_atomically
+from megatron_npd.files import write_atomically
 
 ROLES = ("system", "user", "assistant", "tool")
 

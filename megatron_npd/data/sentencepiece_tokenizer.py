@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from megatron_npd.run_directory import read_json
+from megatron_npd.files import read_json
 
 MODEL_FILE = "tokenizer.model"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"

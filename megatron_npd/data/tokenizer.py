@@ -13,8 +13,8 @@ from typing import Any
 
 from megatron_npd.data.sentencepiece_tokenizer import MODEL_FILE, SentencePieceTokenizer
 from megatron_npd.errors import UserError
+from megatron_npd.files import read_json
 from megatron_npd.models.hf_config import find_family
-from megatron_npd.run_directory import read_json
 
 VOCABULARY_FILES = ("tokenizer.json", MODEL_FILE, "vocab.json")
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_npd.run_directory import write_atomically
+from megatron_npd.files import write_atomically
 
 FILE = "NPD_RENDEZVOUS"
 """Environment variable: path of a file all ranks of one start share; they are on one host."""

@@ -18,9 +18,10 @@ from megatron_npd.config import Config, TrainingConfig
 from megatron_npd.estimates.parameters import Widths, stage_parameters
 from megatron_npd.hardware.device import Device
 from megatron_npd.models.hf_config import ModelDims
+from megatron_npd.roles import ANNOTATOR, ROLLOUT, ROLLOUT_TEACHER, TRAINER
 
 MIB = 2**20
-PROCESS_BYTES = {"trainer": 248 * MIB, "annotator": 276 * MIB, "rollout": 420 * MIB}
+PROCESS_BYTES = {TRAINER: 248 * MIB, ANNOTATOR: 276 * MIB, ROLLOUT: 420 * MIB}
 """On a CPU, of a process with a model of no size: Python, torch 2.13 built for CPUs, Megatron-Core, vLLM; measured, and
 the same with Megatron-Core 0.16.1 and 0.19.2. On a GPU that is host memory, and what CUDA and NCCL take comes on top of
 the estimate."""
@@ -68,7 +69,7 @@ def trainer_memory(config: Config, dims: ModelDims, device: Device) -> RoleMemor
     """The fullest trainer rank: of the first pipeline stage, which keeps the most micro-batches, or of the last, which
     has the logits."""
     stages = {0, config.training.pipeline_model_parallel_size - 1}
-    candidates = [RoleMemory("trainer", device, _trainer_terms(config, dims, device, stage)) for stage in stages]
+    candidates = [RoleMemory(TRAINER, device, _trainer_terms(config, dims, device, stage)) for stage in stages]
     return max(candidates, key=lambda memory: memory.bytes)
 
 
@@ -80,7 +81,7 @@ def _trainer_terms(config: Config, dims: ModelDims, device: Device, stage: int) 
     split = f" / {shards} ranks" if shards > 1 else ""
     count = f"{parameters:,} parameters"
     terms = [
-        *_process(device, "trainer", size),
+        *_process(device, TRAINER, size),
         Term("parameters", f"{size} bytes × {count}", size * parameters),
         Term("gradients", f"4 bytes × {count}", 4 * parameters),
         Term("Adam's moments", f"8 bytes × {count}{split}", 8 * parameters / shards),
@@ -196,7 +197,7 @@ def annotator_memory(
     """One annotator rank: teacher and student snapshot side by side, forward passes only. At its fullest it scores
     responses without their prompts, every position a row of logits; or evaluates, with the logits of both models."""
     size, tensor = element_bytes(config), config.annotator.tensor_model_parallel_size
-    terms = _process(device, "annotator", size)
+    terms = _process(device, ANNOTATOR, size)
     for name, dims in (("teacher", teacher), ("student", student)):
         parameters = stage_parameters(dims, tensor)
         terms.append(Term(name, f"{size} bytes × {parameters:,} parameters", size * parameters))
@@ -206,7 +207,7 @@ def annotator_memory(
     activations = _forward_activations(teacher, tensor, size, tokens)
     scoring, evaluating = _scoring_logits(config, teacher, size), _evaluation_logits(config, teacher, size)
     fullest = max([[scoring], evaluating], key=lambda logits: sum(term.bytes for term in logits))
-    return RoleMemory("annotator", device, [*terms, *_with_holes(device, [activations, *fullest])])
+    return RoleMemory(ANNOTATOR, device, [*terms, *_with_holes(device, [activations, *fullest])])
 
 
 def _heldout_states(config: Config, teacher: ModelDims, size: int, prompts: int) -> Term:
@@ -251,7 +252,7 @@ def rollout_memory(config: Config, dims: ModelDims, device: Device, refreshed: b
     tensor = rollout.tensor_model_parallel_size
     parameters = stage_parameters(dims, tensor)
     weights = f"{size} bytes × {parameters:,} parameters"
-    terms = [*_process(device, "rollout", size), Term("parameters", weights, size * parameters)]
+    terms = [*_process(device, ROLLOUT, size), Term("parameters", weights, size * parameters)]
     sequences = min(rollout.max_num_seqs, rollout.samples_per_unit)
     if device == "cpu":
         cache = f"rollout.kv_cache_gib = {rollout.kv_cache_gib:g}"
@@ -270,4 +271,4 @@ def rollout_memory(config: Config, dims: ModelDims, device: Device, refreshed: b
     terms.append(_forward_activations(dims, tensor, size, tokens))
     logits = f"2 × 4 bytes × {sequences} sequences × {dims.vocab_size:,} tokens"
     terms.append(Term("logits", logits, 2 * 4 * sequences * dims.vocab_size))
-    return RoleMemory("rollout" if refreshed else "rollout_teacher", device, terms)
+    return RoleMemory(ROLLOUT if refreshed else ROLLOUT_TEACHER, device, terms)

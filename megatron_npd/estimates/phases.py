@@ -15,11 +15,11 @@ from typing import Any
 
 from megatron_npd.buffer.plan import Plan
 from megatron_npd.estimates.rates import Rates
-from megatron_npd.estimates.simulation import ANNOTATOR, ROLLOUT, TRAINER, Span, Timeline, Workers
+from megatron_npd.estimates.simulation import Span, Timeline, Workers
 from megatron_npd.process.metrics import busy_span
+from megatron_npd.roles import ANNOTATOR, ROLLOUT, ROLLOUT_TEACHER, SUPERVISOR, TRAINER
 
 Record = dict[str, Any]
-SUPERVISOR, ROLLOUT_TEACHER = "supervisor", "rollout_teacher"
 
 START, ROLLOUTS, ANNOTATION, EVALUATION, TRAINING, PUBLICATION, CHECKPOINT, REFRESH, FINISH = KINDS = (
     "start", "rollouts", "annotation", "evaluation", "training", "publication", "checkpoint", "refresh", "finish"

@@ -15,6 +15,7 @@ from megatron_npd.buffer.plan import epochs_of
 from megatron_npd.config import Config, Section, load_config
 from megatron_npd.errors import UserError
 from megatron_npd.process.metrics import read_metrics
+from megatron_npd.roles import ANNOTATOR, ROLLOUT, ROLLOUT_TEACHER, SUPERVISOR, TRAINER
 from megatron_npd.run_directory import HELDOUT_STAGE, WARMUP_STAGE, RunDirectory
 
 Record = dict[str, Any]
@@ -136,13 +137,13 @@ def rates_of_run(run: RunDirectory) -> Rates:
         raise UserError(f"{run.root}: no config.toml in it; must be a run directory or a TOML file of rates")
     config = load_config(run.config)
     measured = _Measured(run)
-    steps = measured.all("trainer", "step")
-    units = measured.all("annotator", "unit")
-    rollouts = measured.all("rollout", "unit")
-    everything = rollouts + measured.all("rollout_teacher", "unit")
+    steps = measured.all(TRAINER, "step")
+    units = measured.all(ANNOTATOR, "unit")
+    rollouts = measured.all(ROLLOUT, "unit")
+    everything = rollouts + measured.all(ROLLOUT_TEACHER, "unit")
     by_students = [unit for unit in units if unit["stage"] != WARMUP_STAGE]
     if not by_students:
-        raise measured.lacks("annotator", "unit of a round")
+        raise measured.lacks(ANNOTATOR, "unit of a round")
     by_teacher = [unit for unit in units if unit["stage"] == WARMUP_STAGE]
     kept = sum(unit["kept"] for unit in units) or 1
     return Rates(
@@ -156,29 +157,29 @@ def rates_of_run(run: RunDirectory) -> Rates:
             warmup_prefilled_tokens=_ratio(by_teacher, "tokens", "samples") if by_teacher else 0.0,
         ),
         launch=LaunchRates(
-            start_seconds=_mean(measured.all("supervisor", "start"), "import_seconds"),
+            start_seconds=_mean(measured.all(SUPERVISOR, "start"), "import_seconds"),
             finish_seconds=measured.finish_seconds(),
         ),
         trainer=TrainerRates(
-            start_seconds=measured.start_seconds("trainer"),
+            start_seconds=measured.start_seconds(TRAINER),
             tokens_per_second=_ratio(steps, "perf/tokens", "seconds") / config.training.data_parallel_size,
-            publish_stall_seconds=_mean(measured.all("trainer", "publish"), "stall_seconds"),
-            publish_seconds=_mean(measured.all("trainer", "publish"), "seconds"),
-            checkpoint_seconds=_mean(measured.all("trainer", "checkpoint"), "seconds"),
+            publish_stall_seconds=_mean(measured.all(TRAINER, "publish"), "stall_seconds"),
+            publish_seconds=_mean(measured.all(TRAINER, "publish"), "seconds"),
+            checkpoint_seconds=_mean(measured.all(TRAINER, "checkpoint"), "seconds"),
         ),
         annotator=AnnotatorRates(
-            start_seconds=measured.start_seconds("annotator"),
+            start_seconds=measured.start_seconds(ANNOTATOR),
             tokens_per_second=_ratio(units, "tokens", "seconds"),
-            load_seconds=_mean(measured.all("annotator", "refresh"), "seconds"),
+            load_seconds=_mean(measured.all(ANNOTATOR, "refresh"), "seconds"),
         ),
         rollout=RolloutRates(
-            start_seconds=measured.start_seconds("rollout"),
+            start_seconds=measured.start_seconds(ROLLOUT),
             tokens_per_second=_ratio(rollouts, "response_tokens", "seconds"),
-            refresh_seconds=_mean(measured.some("rollout", "refresh"), "seconds"),
+            refresh_seconds=_mean(measured.some(ROLLOUT, "refresh"), "seconds"),
         ),
         rollout_teacher=RolloutRates(
-            start_seconds=measured.start_seconds("rollout_teacher"),
-            tokens_per_second=_ratio(measured.all("rollout_teacher", "unit"), "response_tokens", "seconds"),
+            start_seconds=measured.start_seconds(ROLLOUT_TEACHER),
+            tokens_per_second=_ratio(measured.all(ROLLOUT_TEACHER, "unit"), "response_tokens", "seconds"),
         ),
     )
 
@@ -195,7 +196,7 @@ class _Measured:
             role = record["role"]
             self._records[role, record["event"]].append(record)
             self._end = max(self._end, record["time"])
-            if role != "supervisor":
+            if role != SUPERVISOR:
                 self._last_work = max(self._last_work, record["time"])
 
     def some(self, role: str, event: str) -> list[Record]:

@@ -21,9 +21,9 @@ import simpy
 
 from megatron_npd.estimates.rates import Rates
 from megatron_npd.estimates.workload import StageWork, Workload
+from megatron_npd.roles import ANNOTATOR, ROLLOUT, TRAINER
 from megatron_npd.run_directory import HELDOUT_STAGE, WARMUP_STAGE
 
-TRAINER, ANNOTATOR, ROLLOUT = ROLES = ("trainer", "annotator", "rollout")
 Process = Generator[simpy.Event, Any, Any]
 
 

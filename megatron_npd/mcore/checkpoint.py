@@ -35,13 +35,13 @@ from torch.multiprocessing import get_context
 
 from megatron_npd.distributed.collectives import barrier, broadcast_object
 from megatron_npd.errors import StorageError, storage_reason
+from megatron_npd.files import fsync_folder, make_durable, probe_writing, read_json, write_atomically, write_json
 from megatron_npd.mcore import optimizer_state
 from megatron_npd.mcore.optimizer import Trainable
 from megatron_npd.process import stopping
 from megatron_npd.process.parent_death import die_with
 from megatron_npd.run_directory import CHECKPOINT_STATE as STATE
 from megatron_npd.run_directory import LATEST_CHECKPOINT as LATEST
-from megatron_npd.run_directory import fsync_folder, probe_writing, read_json, write_atomically, write_json
 
 logger = logging.getLogger(__name__)
 STAGING = ".staging-"
@@ -115,7 +115,7 @@ class Checkpointer:
 
     def _make_current(self, staging: Path, final: Path) -> None:
         if self._is_first:
-            _make_durable(staging)
+            make_durable(staging)
             assert latest_checkpoint(self.folder) != final, f"{final} is current: a step is saved once"
             shutil.rmtree(final, ignore_errors=True)  # complete, but never made current: its trainer was killed
             os.rename(staging, final)
@@ -164,13 +164,6 @@ def _write_error(folder: Path) -> str:
     except OSError as error:
         return error.strerror
     return "a file did not take all that was written (was the disk full?)"
-
-
-def _make_durable(folder: Path) -> None:
-    for file in folder.iterdir():
-        with open(file, "rb") as stream:
-            os.fsync(stream.fileno())
-    fsync_folder(folder)
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

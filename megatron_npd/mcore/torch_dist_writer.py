@@ -30,9 +30,9 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta, Te
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
+from megatron_npd.files import fsync_folder, write_atomically
 from megatron_npd.mcore.checkpoint import write_common
 from megatron_npd.mcore.torch_dist import BACKEND, BACKEND_VERSION, CheckpointLayout, Place
-from megatron_npd.run_directory import fsync_folder, write_atomically
 
 JOURNAL = "journal"
 CHUNK_BYTES = 16 * 2**20

@@ -11,13 +11,14 @@ from megatron_npd.estimates.disk import disk_estimate
 from megatron_npd.estimates.division import Sizes, best_division
 from megatron_npd.estimates.memory import RoleMemory, annotator_memory, rollout_memory, trainer_memory
 from megatron_npd.estimates.rates import Rates, read_rates
-from megatron_npd.estimates.simulation import ROLES, Timeline, Workers, simulate
+from megatron_npd.estimates.simulation import Timeline, Workers, simulate
 from megatron_npd.estimates.workload import workload
 from megatron_npd.hardware.device import Device, device_here
 from megatron_npd.models.hf_config import ModelDims
 from megatron_npd.prepare.preflight import Inputs
 from megatron_npd.process.durations import duration
 from megatron_npd.process.waiting import takes_turns
+from megatron_npd.roles import ROLES
 
 
 def estimate(config: Config, inputs: Inputs, rates_from: Path | None) -> Iterator[str]:

@@ -11,6 +11,7 @@ from megatron_npd.hardware import device, host
 from megatron_npd.models.hf_config import ModelDims
 from megatron_npd.prepare.estimate import names_slurm, role_memories, size_text
 from megatron_npd.process.waiting import takes_turns
+from megatron_npd.roles import ANNOTATOR, SIDECAR, TRAINER
 
 CERTAIN_SHARE = 0.8
 """Of an estimated need, what a machine must have at least: the estimates are within 10 % of what is measured on a CPU
@@ -82,7 +83,7 @@ def machine_lines(config: Config, teacher: ModelDims, student: ModelDims) -> Ite
 def _need(config: Config, teacher: ModelDims, student: ModelDims, memory: host.Memory) -> Need:
     taken = dict(_of_roles(config, teacher, student))
     largest = max(taken, key=lambda role: taken[role])
-    sidecars = [taken[role] for role in taken if role.startswith("rollout")]
+    sidecars = [taken[role] for role in SIDECAR.values()]
     # In turns the student's sidecar starts when the teacher's has left (`roles.Work.wants_student`).
     left = min(sidecars) if takes_turns(config) else 0.0
     return Need(sum(taken.values()) - left, taken[largest], largest, memory)
@@ -90,6 +91,6 @@ def _need(config: Config, teacher: ModelDims, student: ModelDims, memory: host.M
 
 def _of_roles(config: Config, teacher: ModelDims, student: ModelDims) -> Iterator[tuple[str, float]]:
     """(role, bytes of all its processes on this machine)"""
-    ranks = {"trainer": config.training.world_size, "annotator": config.annotator.tensor_model_parallel_size}
+    ranks = {TRAINER: config.training.world_size, ANNOTATOR: config.annotator.tensor_model_parallel_size}
     for one in role_memories(config, teacher, student, "cpu"):
         yield one.role, one.bytes * ranks.get(one.role, config.rollout.tensor_model_parallel_size)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_npd.config import Config
 from megatron_npd.errors import UserError
-from megatron_npd.prepare.hf_checkpoint import Checkpoint, check_checkpoint
+from megatron_npd.models.hf_checkpoint import Checkpoint, check_checkpoint
 from megatron_npd.prepare.tokenise import TokenisedPrompts, shared_tokenizer, tokenised_splits
 from megatron_npd.teacher.prefix import unconditional_prefix
 

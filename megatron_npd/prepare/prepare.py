@@ -14,10 +14,11 @@ from typing import Any
 from megatron_npd.config import Config, load_config
 from megatron_npd.data.prompts import save_prompt_set
 from megatron_npd.errors import UserError
+from megatron_npd.files import write_atomically, write_json
 from megatron_npd.prepare.dtype import decide_dtype
 from megatron_npd.prepare.preflight import check_models, preflight
 from megatron_npd.prepare.provenance import provenance
-from megatron_npd.run_directory import RunDirectory, write_atomically, write_json
+from megatron_npd.run_directory import RunDirectory
 
 UNFINISHED = re.compile(r"prompts|provenance\.json|\..+\.tmp")
 """Names an interrupted preparation leaves at the top of a run directory."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from megatron_npd.data.prompts import read_chats
 from megatron_npd.data.tokenizer import Messages, Tokenizer, load_tokenizer
 from megatron_npd.errors import UserError
-from megatron_npd.prepare.hf_checkpoint import Checkpoint
+from megatron_npd.models.hf_checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)
 

@@ -16,6 +16,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
+from megatron_npd.files import write_atomically
 from megatron_npd.process.durations import duration
 from megatron_npd.report.plots import (
     STYLE,
@@ -31,7 +32,6 @@ from megatron_npd.report.plots import (
     stage_name,
     words,
 )
-from megatron_npd.run_directory import write_atomically
 
 
 def render_report(summary: dict[str, Any], records: list[Record], scores: Scores, path: Path) -> None:

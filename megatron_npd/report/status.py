@@ -30,12 +30,13 @@ from megatron_npd.buffer.retention import KINDS, collected
 from megatron_npd.config import Config, load_config
 from megatron_npd.data.prompts import load_prompt_set
 from megatron_npd.errors import UserError
+from megatron_npd.files import read_json
 from megatron_npd.process.heartbeat import QUIET_SECONDS, Sign, read_signs
-from megatron_npd.run_directory import HELDOUT_STAGE, RunDirectory, read_json
+from megatron_npd.roles import TRAINER
+from megatron_npd.run_directory import HELDOUT_STAGE, RunDirectory
 from megatron_npd.supervise.journal import FAILURE, RESTART, read_journal
 from megatron_npd.supervise.progress import last_record
 from megatron_npd.supervise.resume_point import ResumePoint, resume_point
-from megatron_npd.supervise.role_work import TRAINER
 from megatron_npd.versions.manifest import published_versions
 
 
@@ -60,7 +61,7 @@ def status(run_dir: str | Path) -> dict[str, Any]:
         "stages": _stages(run, config, point, now),
         "versions": published_versions(run),
         "checkpoint": point and _checkpoint(point, now),
-        "trainer": _last_step(run),
+        TRAINER: _last_step(run),
         **_failures(run),
         "quarantined": sorted(str(path.relative_to(run.root)) for path in _quarantined(run)),
     }

@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_npd.process.activity import WAITING
 from megatron_npd.process.durations import duration
+from megatron_npd.roles import TRAINER
 
 _STATES = {"to_come": "", "heldout": "", "training": ", being trained on", "trained": ", trained on"}
 _STATES["collected"] = ", trained on and removed"
@@ -31,7 +32,7 @@ def _lines(status: dict[str, Any]) -> Iterator[str]:
             )
     yield f"  {'weights':<18}{_versions(status['versions'])}"
     yield f"  {'checkpoint':<18}{_checkpoint(status['checkpoint'])}"
-    if step := status["trainer"]:
+    if step := status[TRAINER]:
         loss = f", loss {step['loss']:.4f}" if isinstance(step["loss"], float) else ""
         yield f"  {'last step':<18}{step['step']} ({step['stage']}{loss})"
     yield from _trouble(status)

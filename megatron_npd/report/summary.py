@@ -34,14 +34,15 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_npd.buffer.plan import make_plan
 from megatron_npd.buffer.retention import collected
+from megatron_npd.buffer.shards import CorruptShardError, count_samples
 from megatron_npd.config import Config
-from megatron_npd.errors import BadVersionError
+from megatron_npd.files import read_json, write_json
 from megatron_npd.process.metrics import busy_span, read_metrics
 from megatron_npd.report.page import render_report
 from megatron_npd.report.plots import distinct_steps
-from megatron_npd.run_directory import WARMUP_STAGE, RunDirectory, read_json, round_stage, write_json
+from megatron_npd.roles import TRAINER
+from megatron_npd.run_directory import WARMUP_STAGE, RunDirectory, round_stage
 from megatron_npd.schema import Verdict
-from megatron_npd.versions.manifest import read_header
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ def summarise(run: RunDirectory, config: Config) -> dict[str, Any]:
     """The figures of a run (see the module), as JSON values without NaN."""
     records = _records(run)
     provenance = _json_or_empty(run.provenance)
-    starts = [record for record in records if (record["role"], record["event"]) == ("trainer", "start")]
+    starts = [record for record in records if (record["role"], record["event"]) == (TRAINER, "start")]
     summary = {
         "run": str(run.root),
         **_rollouts(run),
@@ -165,8 +166,8 @@ def _generated(run: RunDirectory, stage: str) -> int | None:
     total = None
     for path in run.unit("rollouts", stage, 0).parent.glob("unit_*.safetensors"):
         try:
-            total = (total or 0) + read_header(path)["prompt_index"][1][0]
-        except (BadVersionError, KeyError, OSError) as error:
+            total = (total or 0) + count_samples(path, "rollouts")
+        except CorruptShardError as error:
             logger.warning("left out of the report: %s (%s)", path, error)
     return total
 
@@ -273,7 +274,7 @@ def _settings(config: Config) -> dict[str, Any]:
 
 
 def _records(run: RunDirectory) -> list[Record]:
-    return [record for record in read_metrics(run.metrics("trainer").parent) if "role" in record and "event" in record]
+    return [record for record in read_metrics(run.metrics(TRAINER).parent) if "role" in record and "event" in record]
 
 
 def _read_columns(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:

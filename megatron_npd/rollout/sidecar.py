@@ -26,6 +26,7 @@ from megatron_npd.process.activity import doing
 from megatron_npd.process.memory import PeakMemory, release_unused, steady_heap
 from megatron_npd.process.metrics import Metrics, metrics_file, process_seconds
 from megatron_npd.process.waiting import turn, turn_lock, wait_for
+from megatron_npd.roles import SIDECAR, TEACHER
 from megatron_npd.rollout.parity import Parity, check_parity
 from megatron_npd.run_directory import RunDirectory
 from megatron_npd.schema import ROLLOUT_COLUMNS, TEACHER_VERSION, FinishReason
@@ -33,9 +34,6 @@ from megatron_npd.versions.manifest import published_versions, read_parity_probe
 from megatron_npd.vllm_engine.engine import Request, Response, RolloutEngine
 
 logger = logging.getLogger(__name__)
-
-ROLE_NAMES = {"student": "rollout", "teacher": "rollout_teacher"}
-"""Policy -> name of the role, of its metrics and of its log."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +63,8 @@ def run(config: Config, policy: str) -> None:
         ParityError: the engine's logprobs are not the trainer's.
         RolloutError: the engine failed.
     """
-    sidecar = _prepare(config, ROLE_NAMES[policy])
-    if policy == "teacher":
+    sidecar = _prepare(config, SIDECAR[policy])
+    if policy == TEACHER:
         _run_teacher(sidecar)
     else:
         _run_student(sidecar)

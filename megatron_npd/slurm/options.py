@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megatron_npd.config import Config
 from megatron_npd.errors import UserError
+from megatron_npd.roles import ROLES
 
 
 def check(config: Config) -> None:
@@ -44,7 +45,7 @@ def _words(config: Config) -> dict[str, str]:
     slurm = config.slurm
     keys = ("job_name", "partition", "account", "qos", "constraint", "network_interface", "image", "rollout_image")
     words = {key: getattr(slurm, key) for key in keys}
-    for role in ("trainer", "annotator", "rollout"):
+    for role in ROLES:
         words |= {f"{role}.{key}": getattr(getattr(slurm, role), key) for key in ("partition", "constraint")}
     return words | {f"mounts[{index}]": mount for index, mount in enumerate(slurm.mounts)}
 

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 
 from megatron_npd.config import Config, SlurmRoleConfig
 from megatron_npd.errors import UserError
-
-TRAINER, ANNOTATOR, ROLLOUT = ROLES = "trainer", "annotator", "rollout"
+from megatron_npd.roles import ANNOTATOR, ROLES, TRAINER
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from megatron_npd.config import Config
 from megatron_npd.errors import NODE_LOST_STATUS
+from megatron_npd.roles import ROLLOUT
 from megatron_npd.slurm.options import check
-from megatron_npd.slurm.placement import ROLLOUT, Component, Layout, Step, slurm_layout
+from megatron_npd.slurm.placement import Component, Layout, Step, slurm_layout
 from megatron_npd.slurm.task import NO_GPUS
 
 SCRIPT = r"""

@@ -17,12 +17,12 @@ from megatron_npd.config import Config
 from megatron_npd.errors import UserError
 from megatron_npd.prepare.prepare import open_run
 from megatron_npd.process.heartbeat import STEP as STEP_VARIABLE
+from megatron_npd.roles import ROLES, ROLLOUT, ROLLOUT_TEACHER, SUPERVISOR
 from megatron_npd.run_directory import RunDirectory
 from megatron_npd.supervise.children import Command
 from megatron_npd.supervise.console import Console
 from megatron_npd.supervise.exclusive import only_supervisor
-from megatron_npd.supervise.journal import SUPERVISOR
-from megatron_npd.supervise.role_work import ANNOTATOR, ROLLOUT, TRAINER, Role, roles_of
+from megatron_npd.supervise.role_work import Role, roles_of
 from megatron_npd.supervise.supervisor import watch_run
 
 STEP = "--step"
@@ -76,15 +76,14 @@ def parse_steps(words: list[str]) -> list[Step]:
             steps[-1] = Step(word, [])
         else:
             steps[-1].argv.append(word)
-    kinds = (TRAINER, ANNOTATOR, ROLLOUT["student"])
     for index, step in enumerate(steps):
-        if step.kind not in kinds:
-            raise UserError(f"{STEP} {step.name}: must be called {', '.join(kinds)}, or one of these and .PLACE")
+        if step.kind not in ROLES:
+            raise UserError(f"{STEP} {step.name}: must be called {', '.join(ROLES)}, or one of these and .PLACE")
         if not step.argv:
             raise UserError(f"{STEP} {step.name}: no command")
         if step.name in {other.name for other in steps[:index]}:
             raise UserError(f"{STEP} {step.name}: named twice")
-    for kind in kinds:
+    for kind in ROLES:
         if kind not in {step.kind for step in steps}:
             raise UserError(f"{STEP} {kind}: missing; the run could not be finished")
     return steps
@@ -93,7 +92,7 @@ def parse_steps(words: list[str]) -> list[Step]:
 def roles_of_steps(config: Config, run: RunDirectory, plan: Plan, steps: list[Step]) -> list[Role]:
     """What `roles_of` says of a role's work holds for each of its steps."""
     work = {role.name: role for role in roles_of(config, run, plan, run.root)}
-    teacher, student = (work[name] for name in ROLLOUT.values())
+    teacher, student = work[ROLLOUT_TEACHER], work[ROLLOUT]
     # A sidecar of a cluster samples for both policies (see `policies`).
     work[student.name] = replace(
         student,

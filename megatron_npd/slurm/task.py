@@ -16,8 +16,8 @@ from pathlib import Path
 from megatron_npd.config import Config
 from megatron_npd.errors import UserError
 from megatron_npd.process.metrics import INSTANCE
+from megatron_npd.roles import ANNOTATOR, ROLLOUT, TRAINER
 from megatron_npd.run_directory import RunDirectory
-from megatron_npd.slurm.placement import ANNOTATOR, ROLLOUT, TRAINER
 
 NO_GPUS = "none"
 LOOPBACK = "lo"

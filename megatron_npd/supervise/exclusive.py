@@ -14,8 +14,8 @@ from typing import TextIO
 from megatron_npd.buffer.leases import filesystem_time
 from megatron_npd.errors import UserError
 from megatron_npd.process.heartbeat import BEAT_SECONDS, QUIET_SECONDS, Heartbeat, Sign, read_signs
+from megatron_npd.roles import SUPERVISOR
 from megatron_npd.run_directory import RunDirectory
-from megatron_npd.supervise.journal import SUPERVISOR
 
 LISTEN_SECONDS = 4 * BEAT_SECONDS
 """A living process is heard of well within this time."""

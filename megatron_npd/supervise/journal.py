@@ -11,9 +11,9 @@ import json
 from typing import Any
 
 from megatron_npd.process.metrics import Metrics
+from megatron_npd.roles import SUPERVISOR
 from megatron_npd.run_directory import RunDirectory
 
-SUPERVISOR = "supervisor"
 START, FAILURE, RESTART, STOP, PHASE = "start", "failure", "restart", "stop", "phase"
 
 

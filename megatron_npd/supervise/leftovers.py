@@ -16,8 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_npd.buffer.leases import filesystem_time
+from megatron_npd.files import read_json
 from megatron_npd.process.heartbeat import QUIET_SECONDS, read_signs
-from megatron_npd.run_directory import RunDirectory, read_json
+from megatron_npd.run_directory import RunDirectory
 
 ABANDONED_SECONDS = 3600.0
 _UNFINISHED = re.compile(r"\..+\.tmp|\.staging-.+|\..+\.expired\..+")

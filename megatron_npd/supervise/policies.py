@@ -23,11 +23,11 @@ from megatron_npd.buffer.plan import Plan, make_plan
 from megatron_npd.config import Config
 from megatron_npd.data.prompts import load_prompt_set
 from megatron_npd.process.parent_death import die_with
+from megatron_npd.roles import ROLLOUT, STUDENT, TEACHER
 from megatron_npd.run_directory import RunDirectory
 
 LOOK_SECONDS = 5.0
 POLL_SECONDS = 0.2
-TEACHER, STUDENT = "teacher", "student"
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def next_policy(run: RunDirectory, plan: Plan) -> str | None:
 @contextlib.contextmanager
 def _sidecar(run: RunDirectory, policy: str) -> Iterator[subprocess.Popen[bytes]]:
     """A sidecar for one policy; asked to stop, and waited for, where it is left before it has ended."""
-    command = [sys.executable, "-m", "megatron_npd.cli", "rollout", str(run.config.resolve()), "--policy", policy]
+    command = [sys.executable, "-m", "megatron_npd.cli", ROLLOUT, str(run.config.resolve()), "--policy", policy]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=functools.partial(die_with, os.getpid()))
     try:
         yield process

@@ -14,11 +14,11 @@ from megatron_npd.buffer.plan import Plan
 from megatron_npd.process.activity import WAITING, WORKING
 from megatron_npd.process.heartbeat import read_signs
 from megatron_npd.process.logs import tail
+from megatron_npd.roles import TRAINER
 from megatron_npd.run_directory import HELDOUT_STAGE, RunDirectory
 from megatron_npd.supervise.children import Child
 from megatron_npd.supervise.console import PART
 from megatron_npd.supervise.journal import PHASE, Journal
-from megatron_npd.supervise.role_work import TRAINER
 
 FINISHING = "finishing"
 """Phase after the last unit is annotated: the rest of the training, publishing, evaluation."""

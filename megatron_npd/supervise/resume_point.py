@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_npd.run_directory import CHECKPOINT_STATE, LATEST_CHECKPOINT, RunDirectory, read_json
+from megatron_npd.files import read_json
+from megatron_npd.run_directory import CHECKPOINT_STATE, LATEST_CHECKPOINT, RunDirectory
 
 
 @dataclass(frozen=True)

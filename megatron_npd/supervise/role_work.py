@@ -12,15 +12,12 @@ from megatron_npd.buffer.listing import finished_units, is_finished
 from megatron_npd.buffer.plan import Plan, Stage
 from megatron_npd.config import Config
 from megatron_npd.process.waiting import takes_turns
+from megatron_npd.roles import ANNOTATOR, ROLLOUT, ROLLOUT_TEACHER, SIDECAR, STUDENT, TEACHER, TRAINER
 from megatron_npd.run_directory import RunDirectory
 from megatron_npd.schema import TEACHER_VERSION
 from megatron_npd.supervise.children import Command
 from megatron_npd.supervise.resume_point import resume_point
 from megatron_npd.versions.manifest import published_versions
-
-TRAINER, ANNOTATOR = "trainer", "annotator"
-ROLLOUT = {"teacher": "rollout_teacher", "student": "rollout"}
-"""Policy -> role name, as `rollout.sidecar.ROLE_NAMES` has it (not imported: it brings an engine along)."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +51,13 @@ def roles_of(config: Config, run: RunDirectory, plan: Plan, scratch: Path) -> li
         return lambda: _ranks(name, run, world_size, scratch, role_environment(config, name))
 
     def sidecar(policy: str) -> Callable[[], list[Command]]:
-        name, argv = ROLLOUT[policy], [*_npd("rollout", run), "--policy", policy]
-        return lambda: [Command(name, argv, run.log(name), role_environment(config, "rollout"))]
+        name, argv = SIDECAR[policy], [*_npd(ROLLOUT, run), "--policy", policy]
+        return lambda: [Command(name, argv, run.log(name), role_environment(config, ROLLOUT))]
 
     roles = [
         Role(
-            ROLLOUT["teacher"],
-            sidecar("teacher"),
+            ROLLOUT_TEACHER,
+            sidecar(TEACHER),
             is_done=lambda: work.is_sampled(plan.teacher_stages),
             done=lambda: work.sampled(plan.teacher_stages),
         ),
@@ -79,8 +76,8 @@ def roles_of(config: Config, run: RunDirectory, plan: Plan, scratch: Path) -> li
             is_wanted=work.wants_trainer,
         ),
         Role(
-            ROLLOUT["student"],
-            sidecar("student"),
+            ROLLOUT,
+            sidecar(STUDENT),
             is_done=lambda: work.is_sampled(plan.round_stages),
             done=lambda: work.sampled(plan.round_stages),
             is_wanted=work.wants_student,
@@ -137,7 +134,7 @@ class Work:
 
 def role_environment(config: Config, role: str) -> dict[str, str]:
     """What a process of `trainer`, `annotator` or `rollout` needs in its environment before it imports anything."""
-    threads = {"trainer": config.training, "annotator": config.annotator, "rollout": config.rollout}[role].threads
+    threads = {TRAINER: config.training, ANNOTATOR: config.annotator, ROLLOUT: config.rollout}[role].threads
     return {
         "OMP_NUM_THREADS": str(threads),
         # Idle OpenMP threads otherwise spin, and take the cores from the role whose turn it is (10 times slower).

@@ -28,12 +28,13 @@ from megatron_npd.prepare.prepare import as_prepared, check_directory, prepare
 from megatron_npd.process import activity
 from megatron_npd.process.heartbeat import clock_oddity
 from megatron_npd.process.metrics import process_seconds
+from megatron_npd.roles import SUPERVISOR
 from megatron_npd.run_directory import RunDirectory
 from megatron_npd.supervise.children import Child, stop
 from megatron_npd.supervise.console import Console
 from megatron_npd.supervise.exclusive import only_supervisor
 from megatron_npd.supervise.guardian import Guardian
-from megatron_npd.supervise.journal import START, STOP, SUPERVISOR, Journal
+from megatron_npd.supervise.journal import START, STOP, Journal
 from megatron_npd.supervise.leftovers import remove_dead_signs, remove_unfinished, return_stale_leases
 from megatron_npd.supervise.progress import Progress
 from megatron_npd.supervise.role_work import Role, roles_of

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 from megatron_npd.buffer.leases import filesystem_time
 from megatron_npd.errors import storage_reason
+from megatron_npd.files import probe_writing
 from megatron_npd.process.activity import WAITING
 from megatron_npd.process.heartbeat import QUIET_SECONDS, Sign, read_signs
-from megatron_npd.run_directory import RunDirectory, probe_writing
+from megatron_npd.run_directory import RunDirectory
 
 
 def storage_trouble(run: RunDirectory) -> str | None:

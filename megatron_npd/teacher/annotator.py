@@ -27,6 +27,7 @@ from megatron_npd.data.tokenizer import load_tokenizer
 from megatron_npd.distributed.collectives import broadcast_object
 from megatron_npd.distributed.together import wait_together
 from megatron_npd.errors import UserError
+from megatron_npd.files import write_json
 from megatron_npd.hardware.device import device_peak_bytes
 from megatron_npd.mcore.attention import choose_backend
 from megatron_npd.mcore.model_parallel import initialize, shutdown
@@ -35,7 +36,8 @@ from megatron_npd.process.activity import doing
 from megatron_npd.process.memory import PeakMemory, release_unused, steady_heap
 from megatron_npd.process.metrics import Metrics, metrics_file, process_seconds
 from megatron_npd.process.waiting import turn, turn_lock
-from megatron_npd.run_directory import HELDOUT_STAGE, RunDirectory, write_json
+from megatron_npd.roles import ANNOTATOR
+from megatron_npd.run_directory import HELDOUT_STAGE, RunDirectory
 from megatron_npd.schema import TEACHER_VERSION, Verdict
 from megatron_npd.teacher.annotation import annotate_shard
 from megatron_npd.teacher.heldout import HeldoutSet
@@ -96,7 +98,7 @@ class Annotator:
         self.heldout: HeldoutSet | None = None
         self.passed_over: set[Task] = set()
         """Tasks another annotator was working on when this one came by; looked at again when nothing else is left."""
-        self.metrics = Metrics(metrics_file(self.run, "annotator"), "annotator") if self.parallel.rank == 0 else None
+        self.metrics = Metrics(metrics_file(self.run, ANNOTATOR), ANNOTATOR) if self.parallel.rank == 0 else None
         seconds = time.monotonic() - started
         self._log("start", import_seconds=import_seconds, seconds=seconds, attention_backend=backend)
 

@@ -16,10 +16,11 @@ from megatron_npd.data.batch import PackedBatch, TrainingSample, aligned, collat
 from megatron_npd.data.context_parallel import context_parallel_share
 from megatron_npd.data.prompts import load_prompt_set
 from megatron_npd.distributed.parallel import Parallel
+from megatron_npd.files import fsync_folder
 from megatron_npd.mcore.model import named_parameters
 from megatron_npd.mcore.optimizer import micro_batch_multiple, pipeline_forward, sum_over
 from megatron_npd.models.hf_config import ModelDims
-from megatron_npd.run_directory import RunDirectory, fsync_folder
+from megatron_npd.run_directory import RunDirectory
 from megatron_npd.training.step import logprob_step
 from megatron_npd.training.student import Student
 from megatron_npd.versions.manifest import MANIFEST, PARITY, ParityProbe

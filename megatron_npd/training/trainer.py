@@ -28,6 +28,7 @@ from megatron_npd.process.activity import doing, waiting
 from megatron_npd.process.memory import PeakMemory, release_unused, steady_heap
 from megatron_npd.process.metrics import Metrics, process_seconds
 from megatron_npd.process.waiting import turn, turn_lock
+from megatron_npd.roles import TRAINER
 from megatron_npd.run_directory import WARMUP_STAGE, RunDirectory
 from megatron_npd.schema import TEACHER_VERSION
 from megatron_npd.training.progress import Progress
@@ -313,4 +314,4 @@ class Trainer:
     def _open_metrics(self) -> Metrics | None:
         if not self.parallel.is_logging_rank:
             return None
-        return Metrics(self.run.metrics("trainer"), "trainer", self.run.tensorboard)
+        return Metrics(self.run.metrics(TRAINER), TRAINER, self.run.tensorboard)

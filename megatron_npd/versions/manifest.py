@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -18,8 +17,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_npd.errors import BadVersionError
+from megatron_npd.files import read_json, write_json
 from megatron_npd.hardware.host import cores
-from megatron_npd.run_directory import RunDirectory, read_json, write_json
+from megatron_npd.run_directory import RunDirectory
+from megatron_npd.safetensors_format import read_header
 
 MANIFEST = "version.json"
 PARITY = "parity.json"
@@ -77,7 +78,7 @@ def write_manifest(folder: Path, version: int, known: Mapping[str, WeightFile] |
     files: dict[str, str] = {}
     for file in sorted(file for file in folder.iterdir() if file.name != MANIFEST):
         if file.suffix == ".safetensors":
-            tensors.update(known[file.name].tensors if file.name in known else read_header(file))
+            tensors.update(known[file.name].tensors if file.name in known else _tensors_of(file))
         files[file.name] = known[file.name].sha256 if file.name in known else sha256(file)
     write_json(folder / MANIFEST, asdict(VersionManifest(version, tensors, files)))
 
@@ -195,7 +196,7 @@ def _check_tensors(folder: Path, manifest: VersionManifest, copies: Mapping[str,
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
     home: dict[str, str] = {}
     for file in sorted(folder / name for name in manifest.files if name.endswith(".safetensors")):
-        header = read_header(descriptor_path(copies[file.name]) if file.name in copies else file)
+        header = _tensors_of(descriptor_path(copies[file.name]) if file.name in copies else file)
         for name in header:
             if home.setdefault(name, file.name) != file.name:
                 raise BadVersionError(f"{file}: tensor {name} is also in {home[name]}")
@@ -217,18 +218,11 @@ def read_parity_probe(folder: Path) -> ParityProbe:
     return ParityProbe(**read_json(folder / PARITY))
 
 
-def read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Tensor name -> (dtype, shape) from the header of a safetensors file, without reading its data."""
+def _tensors_of(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Tensor name -> (dtype, shape) of a safetensors file, from its header."""
     try:
-        with open(file, "rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if length > 100_000_000:
-                raise ValueError(f"header of {length} bytes")
-            header = json.loads(stream.read(length))
-        return {
-            name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items() if name != "__metadata__"
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return {name: (stored.dtype, stored.shape) for name, stored in read_header(file).tensors.items()}
+    except ValueError as error:
         raise BadVersionError(f"{file}: not a safetensors file ({error})") from None
 
 

@@ -14,7 +14,8 @@ from itertools import chain
 import torch
 
 from megatron_npd.models.hf_config import ModelDims
-from megatron_npd.weights.name_map import hugging_face_names, is_tied_copy, rules_for
+from megatron_npd.models.tensor_map import is_tied_copy, parameter_map
+from megatron_npd.weights.layouts import unshard
 from megatron_npd.weights.safetensors_writer import TensorSpec
 
 LARGEST_BUCKET = 256 * 2**20
@@ -84,14 +85,12 @@ def deal_buckets(sizes: Sequence[int], writers: int) -> list[int]:
 
 def _single_buckets(parameters: Mapping[str, torch.Tensor], dims: ModelDims, tensor_parallel_size: int) -> list[Bucket]:
     """One bucket a parameter. What a parameter becomes is seen from tensors without data."""
-    rules, buckets = rules_for(dims), []
+    mapped, buckets = parameter_map(dims), []
     for name, parameter in parameters.items():
         if not is_tied_copy(name, dims):
-            rule, layer = rules[name]
             shard = torch.empty_like(parameter, device="meta")
-            tensors = rule.layout.unshard([shard] * tensor_parallel_size, dims)
-            named = zip(hugging_face_names(rule, layer), tensors, strict=True)
-            specs = tuple(TensorSpec(hf_name, tuple(tensor.shape), tensor.dtype) for hf_name, tensor in named)
+            tensors = unshard(mapped[name], [shard] * tensor_parallel_size, dims)
+            specs = tuple(TensorSpec(hf_name, tuple(tensor.shape), tensor.dtype) for hf_name, tensor in tensors.items())
             buckets.append(Bucket((name,), specs))
     return buckets
 

@@ -13,17 +13,17 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_npd.files import fsync_folder, make_durable, read_json, with_file_name, write_json
+from megatron_npd.models.hf_checkpoint import INDEX
 from megatron_npd.models.hf_config import ModelDims
-from megatron_npd.run_directory import fsync_folder, read_json, write_json
+from megatron_npd.models.tensor_map import all_hugging_face_names
 from megatron_npd.versions.manifest import WeightFile, write_manifest
 from megatron_npd.weights.companions import copy_companions
-from megatron_npd.weights.name_map import all_hugging_face_names
-from megatron_npd.weights.share import SHARES, naming, read_share
-from megatron_npd.weights.source import INDEX
+from megatron_npd.weights.share import SHARES, read_share
 
 logger = logging.getLogger(__name__)
 POLL_SECONDS = 0.05
@@ -69,14 +69,14 @@ def complete(target: Target, stop: threading.Event) -> float:
     weights = _await_shares(target, stop)
     _check(target, weights)
     staging = target.staging
-    with naming(staging):
+    with with_file_name(staging):
         weight_map = {name: file for file in sorted(weights) for name in weights[file].tensors}
         write_json(staging / INDEX, {"metadata": {"total_size": target.size}, "weight_map": weight_map})
         copy_companions(target.template, staging)
         _write_config(target)
         shutil.rmtree(staging / SHARES)
         write_manifest(staging, target.version, weights)
-        _make_durable(staging, already=weights.keys())
+        make_durable(staging, already=weights.keys())
         _make_visible(target)
     seen = time.monotonic()
     _remove_leftovers(target)
@@ -125,14 +125,6 @@ def _write_config(target: Target) -> None:
     config = read_json(target.staging / "config.json")
     config.pop("torch_dtype", None)
     write_json(target.staging / "config.json", {**config, "dtype": target.dtype})
-
-
-def _make_durable(folder: Path, already: Set[str]) -> None:
-    for file in folder.iterdir():
-        if file.name not in already:
-            with open(file, "rb") as stream:
-                os.fsync(stream.fileno())
-    fsync_folder(folder)
 
 
 def _make_visible(target: Target) -> None:

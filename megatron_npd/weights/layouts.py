@@ -9,6 +9,7 @@ import torch
 
 from megatron_npd.models.families.family import Layout
 from megatron_npd.models.hf_config import ModelDims
+from megatron_npd.models.tensor_map import MappedParameter
 
 
 class Arithmetic(Protocol):
@@ -107,7 +108,7 @@ def _pad_groups(groups: torch.Tensor, dims: ModelDims, size: int) -> torch.Tenso
     return torch.nn.functional.pad(groups, (0, 0) * (groups.ndim - 1) + (0, added)) if added else groups
 
 
-LAYOUTS: dict[Layout, Arithmetic] = {
+ARITHMETIC: dict[Layout, Arithmetic] = {
     Layout.REPLICATED: Replicated(),
     Layout.COLUMNS: Split(1),
     Layout.VOCABULARY: Vocabulary(),
@@ -115,3 +116,16 @@ LAYOUTS: dict[Layout, Arithmetic] = {
     Layout.QKV: FusedQKV(),
     Layout.ATTENTION_OUTPUT: AttentionOutput(),
 }
+
+
+def shard(
+    parameter: MappedParameter, tensors: list[torch.Tensor], dims: ModelDims, rank: int, size: int
+) -> torch.Tensor:
+    """A parameter's Megatron shard of tensor-parallel `rank` of `size`, from its Hugging Face tensors, in order."""
+    return ARITHMETIC[parameter.layout].shard(tensors, dims, rank, size)
+
+
+def unshard(parameter: MappedParameter, shards: list[torch.Tensor], dims: ModelDims) -> dict[str, torch.Tensor]:
+    """A parameter's Hugging Face tensors, by name in their order, from the shards of all tensor-parallel ranks."""
+    tensors = ARITHMETIC[parameter.layout].unshard(shards, dims)
+    return dict(zip(parameter.hugging_face, tensors, strict=True))

@@ -10,9 +10,11 @@ import torch
 
 from megatron_npd.distributed.parallel import Parallel
 from megatron_npd.errors import UserError
+from megatron_npd.models.hf_checkpoint import check_names
 from megatron_npd.models.hf_config import ModelDims
-from megatron_npd.weights.name_map import hugging_face_names, rules_for
-from megatron_npd.weights.source import check_names, open_checkpoint
+from megatron_npd.models.tensor_map import MappedParameter, parameter_map
+from megatron_npd.weights.layouts import shard
+from megatron_npd.weights.source import open_checkpoint
 
 
 def load_hugging_face(
@@ -25,36 +27,34 @@ def load_hugging_face(
     Raises:
         UserError: a tensor is missing, superfluous or of the wrong shape, or a file cannot be read.
     """
-    rules = rules_for(dims)
+    mapped = parameter_map(dims)
     with open_checkpoint(Path(folder)) as files:
-        check_names(Path(folder), set(files), dims)
+        check_names(str(folder), files, dims)
         for name, parameter in parameters.items():
-            if _shard(files, folder, name, rules, dims, parallel, shape_only=True) != tuple(parameter.shape):
+            if _shard(files, folder, mapped[name], dims, parallel, shape_only=True) != tuple(parameter.shape):
                 raise UserError(f"{folder}: {name} does not fit the dimensions in config.json")
         with torch.no_grad():
             for name, parameter in parameters.items():
-                parameter.copy_(_shard(files, folder, name, rules, dims, parallel))
+                parameter.copy_(_shard(files, folder, mapped[name], dims, parallel))
 
 
 def _shard(
     files: dict[str, Any],
     folder: str | Path,
-    name: str,
-    rules: Mapping[str, Any],
+    parameter: MappedParameter,
     dims: ModelDims,
     parallel: Parallel,
     shape_only: bool = False,
 ) -> Any:
     """This rank's shard of one parameter, or with `shape_only` its shape without reading data."""
-    rule, layer = rules[name]
     tensors = []
-    for hf_name in hugging_face_names(rule, layer):
+    for hf_name in parameter.hugging_face:
         if shape_only:
             tensors.append(torch.empty(files[hf_name].get_slice(hf_name).get_shape(), device="meta"))
         else:
             tensors.append(files[hf_name].get_tensor(hf_name))
     try:
-        shard = rule.layout.shard(tensors, dims, parallel.tp_rank, parallel.tp_size)
+        mine = shard(parameter, tensors, dims, parallel.tp_rank, parallel.tp_size)
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"{folder}: {', '.join(hugging_face_names(rule, layer))}: wrong shape ({error})") from None
-    return tuple(shard.shape) if shape_only else shard
+        raise UserError(f"{folder}: {', '.join(parameter.hugging_face)}: wrong shape ({error})") from None
+    return tuple(mine.shape) if shape_only else mine

@@ -8,7 +8,6 @@ come one at a time.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -17,10 +16,10 @@ from pathlib import Path
 
 import torch
 
-from megatron_npd.run_directory import fsync_folder, write_json
-from megatron_npd.weights.source import DTYPES, INDEX
-
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+from megatron_npd.files import fsync_folder, write_json
+from megatron_npd.models.hf_checkpoint import INDEX
+from megatron_npd.safetensors_format import make_header
+from megatron_npd.weights.tensor_file import DTYPE_NAMES
 
 
 @dataclass(frozen=True)
@@ -51,18 +50,8 @@ class Shard:
     @property
     def header(self) -> bytes:
         """All that comes before the first tensor's bytes."""
-        entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for tensor in self.tensors:
-            begin, end = end, end + tensor.nbytes
-            entries[tensor.name] = {
-                "dtype": _NAMES[tensor.dtype],
-                "shape": list(tensor.shape),
-                "data_offsets": [begin, end],
-            }
-        text = json.dumps(entries, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # readers map the file: tensors must begin at a multiple of their element size
-        return len(text).to_bytes(8, "little") + text
+        listed = ((tensor.name, DTYPE_NAMES[tensor.dtype], tensor.shape, tensor.nbytes) for tensor in self.tensors)
+        return make_header(listed, {"format": "pt"})
 
 
 def plan_shards(tensors: Sequence[TensorSpec], max_bytes: int) -> list[Shard]:

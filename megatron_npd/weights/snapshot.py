@@ -11,8 +11,9 @@ import torch
 from megatron_npd.distributed.collectives import gather_bytes
 from megatron_npd.distributed.parallel import Parallel
 from megatron_npd.models.hf_config import ModelDims
+from megatron_npd.models.tensor_map import is_tied_copy, parameter_map
 from megatron_npd.weights.buckets import LARGEST_BUCKET, SMALLEST_BUCKET, Bucket, deal_buckets, plan_buckets
-from megatron_npd.weights.name_map import hugging_face_names, is_tied_copy, rules_for
+from megatron_npd.weights.layouts import unshard
 
 LARGEST_MESSAGE = 8 * 2**20
 """Bytes of one collective on CPUs. Larger ones, and the fresh memory they need, take several times as long."""
@@ -76,9 +77,9 @@ class Snapshot:
             torch.cuda.current_stream().synchronize()
 
     def _fill(self, copy: Copy, shards: Iterator[list[torch.Tensor]]) -> None:
-        rules, start = rules_for(self._dims), 0
+        mapped, start = parameter_map(self._dims), 0
         for name, shards_of_one in zip(copy.bucket.parameters, shards, strict=True):
-            for tensor in rules[name][0].layout.unshard(shards_of_one, self._dims):
+            for tensor in unshard(mapped[name], shards_of_one, self._dims).values():
                 place = copy.data[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
                 place.copy_(tensor, non_blocking=True)
                 start += tensor.nbytes
@@ -133,12 +134,10 @@ def gather_hugging_face(
     Yields on tensor-parallel rank 0 only; the other ranks take part and yield nothing. A tensor may share memory with
     its parameter.
     """
-    rules = rules_for(dims)
+    mapped = parameter_map(dims)
     for name, parameter in parameters.items():
         if is_tied_copy(name, dims):
             continue
         for shards in gather_shards([parameter.detach()], parallel, owner=0):
-            rule, layer = rules[name]
-            tensors = rule.layout.unshard(shards, dims)
-            for hf_name, tensor in zip(hugging_face_names(rule, layer), tensors, strict=True):
+            for hf_name, tensor in unshard(mapped[name], shards, dims).items():
                 yield hf_name, tensor.cpu().contiguous()

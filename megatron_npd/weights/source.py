@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,38 +11,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_npd.errors import UserError
+from megatron_npd.models.hf_checkpoint import check_names, weight_files
 from megatron_npd.models.hf_config import ModelDims
-from megatron_npd.weights.name_map import (
+from megatron_npd.models.tensor_map import (
     all_hugging_face_names,
-    hugging_face_names,
     is_tied_copy,
-    rules_for,
-    unknown_hugging_face_names,
+    parameter_map,
 )
+from megatron_npd.weights.layouts import shard, unshard
 from megatron_npd.weights.tensor_file import DTYPES, stored_tensors
-
-INDEX = "model.safetensors.index.json"
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: those its index lists and those beside them.
-
-    Raises:
-        UserError: there is none, or one that the index lists is missing.
-    """
-    paths = set(folder.glob("*.safetensors"))
-    if (folder / INDEX).is_file():
-        try:
-            listed = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
-            paths |= {folder / name for name in listed}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{folder / INDEX}: must be JSON with a weight_map of file names") from None
-    if not paths:
-        raise UserError(f"{folder}: holds no *.safetensors file; must be a Hugging Face checkpoint")
-    for path in sorted(paths):
-        if not path.is_file():
-            raise UserError(f"{path}: no such file, though {INDEX} lists it")
-    return sorted(paths)
 
 
 @contextlib.contextmanager
@@ -60,15 +36,6 @@ def open_checkpoint(folder: Path) -> Iterator[dict[str, Any]]:
         yield tensors
 
 
-def check_names(folder: Path, found: set[str], dims: ModelDims) -> None:
-    """Raise UserError where tensors are missing or unknown."""
-    missing = sorted(set(all_hugging_face_names(dims)) - found)
-    for what, names in (("missing", missing), ("not known to this family", unknown_hugging_face_names(found, dims))):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise UserError(f"{folder}: tensor {names[0]}{more} {what}")
-
-
 def groups_of(dims: ModelDims) -> list[list[str]]:
     """Parameter names by what is read and written together: what comes before the layers, each layer, what comes after.
 
@@ -77,9 +44,9 @@ def groups_of(dims: ModelDims) -> list[list[str]]:
     before: list[str] = []
     layers: list[list[str]] = [[] for _ in range(dims.num_layers)]
     after: list[str] = []
-    for name, (rule, layer) in rules_for(dims).items():
-        if "{layer}" in rule.megatron:
-            layers[layer].append(name)
+    for name, parameter in parameter_map(dims).items():
+        if parameter.layer is not None:
+            layers[parameter.layer].append(name)
         elif not is_tied_copy(name, dims):
             (after if layers[0] else before).append(name)
     return [group for group in (before, *layers, after) if group]
@@ -93,14 +60,13 @@ def hugging_face_shapes(
     Raises:
         ValueError: a parameter cannot have this shape; the text names it.
     """
-    rules, found = rules_for(dims), {}
+    mapped, found = parameter_map(dims), {}
     for name, shape in shapes.items():
-        rule, layer = rules[name]
         try:
-            tensors = rule.layout.unshard([torch.empty(shape, device="meta")], dims)
+            tensors = unshard(mapped[name], [torch.empty(shape, device="meta")], dims)
         except (RuntimeError, IndexError) as error:
             raise ValueError(f"{name} cannot have shape {shape}: {' '.join(str(error).split())}") from None
-        found[name] = {n: tuple(t.shape) for n, t in zip(hugging_face_names(rule, layer), tensors, strict=True)}
+        found[name] = {hf_name: tuple(tensor.shape) for hf_name, tensor in tensors.items()}
     return found
 
 
@@ -110,10 +76,10 @@ class HuggingFaceSource:
     def __init__(self, folder: Path, dims: ModelDims):
         """Raises UserError where files, names or data types are not right."""
         self._folder, self._dims = folder, dims
-        self._rules = rules_for(dims)
+        self._parameters = parameter_map(dims)
         self.tensors = stored_tensors(weight_files(folder))
         """By Hugging Face name, where each lies."""
-        check_names(folder, set(self.tensors), dims)
+        check_names(str(folder), self.tensors, dims)
         for name in all_hugging_face_names(dims):
             stored = self.tensors[name].dtype_name
             if stored not in DTYPES:
@@ -142,9 +108,8 @@ class HuggingFaceSource:
 
     def read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """One whole parameter in `dtype`."""
-        rule, _ = self._rules[name]
         tensors = [self.tensors[hf_name].read().to(dtype) for hf_name in self._names(name)]
-        return rule.layout.shard(tensors, self._dims, 0, 1)
+        return shard(self._parameters[name], tensors, self._dims, 0, 1)
 
-    def _names(self, name: str) -> list[str]:
-        return hugging_face_names(*self._rules[name])
+    def _names(self, name: str) -> tuple[str, ...]:
+        return self._parameters[name].hugging_face

@@ -5,7 +5,6 @@ safetensors' own reader for torch maps a file privately, which Linux refuses whe
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +12,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_npd.errors import UserError
+from megatron_npd.safetensors_format import read_header
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Name in a safetensors header -> data type, of those that a model may have here."""
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,9 @@ def stored_tensors(paths: list[Path]) -> dict[str, StoredTensor]:
         try:
             with safe_open(path, framework="numpy"):
                 pass  # it checks the header, and the header against the file's length
-            with open(path, "rb") as stream:
-                length = int.from_bytes(stream.read(8), "little")
-                header = json.loads(stream.read(length))
+            header = read_header(path)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: not a readable safetensors file ({error})") from None
-        for name, entry in header.items():
-            if name != "__metadata__":
-                begin = 8 + length + entry["data_offsets"][0]
-                found[name] = StoredTensor(path, begin, entry["dtype"], tuple(entry["shape"]))
+        for name, stored in header.tensors.items():
+            found[name] = StoredTensor(path, stored.begin, stored.dtype, stored.shape)
     return found

@@ -20,9 +20,10 @@ import torch
 from megatron_npd.distributed.parallel import SINGLE
 from megatron_npd.errors import UserError
 from megatron_npd.models.hf_config import read_model_dims
+from megatron_npd.models.tensor_map import parameter_map
 from megatron_npd.run_directory import RunDirectory
 from megatron_npd.versions.manifest import ParityProbe, published_versions, verify_version
-from megatron_npd.weights.name_map import hugging_face_names, rules_for
+from megatron_npd.weights.layouts import shard
 from megatron_npd.weights.publish import Publisher
 from megatron_npd.weights.source import open_checkpoint
 
@@ -34,9 +35,9 @@ def parameters_of(folder: Path, rank: int = 0, size: int = 1) -> dict[str, torch
     dims = read_model_dims(folder)
     parameters = {}
     with open_checkpoint(folder) as files:
-        for name, (rule, layer) in rules_for(dims).items():
-            tensors = [files[hf_name].get_tensor(hf_name) for hf_name in hugging_face_names(rule, layer)]
-            parameters[name] = rule.layout.shard(tensors, dims, rank, size).clone()
+        for name, parameter in parameter_map(dims).items():
+            tensors = [files[hf_name].get_tensor(hf_name) for hf_name in parameter.hugging_face]
+            parameters[name] = shard(parameter, tensors, dims, rank, size).clone()
     return parameters
 
 

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 from megatron_npd.config import Config, load_config
-from megatron_npd.run_directory import RunDirectory, read_json
+from megatron_npd.files import read_json
+from megatron_npd.run_directory import RunDirectory
 from megatron_npd.versions.manifest import MANIFEST, published_versions
 
 

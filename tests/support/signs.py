@@ -7,10 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megatron_npd.run_directory import (
-    RunDirectory,
-    write_json,
-)
+from megatron_npd.files import write_json
+from megatron_npd.run_directory import RunDirectory
 
 
 def leave_sign(run: RunDirectory, role: str, host: str, pid: int, age: float = 0.0, **values: Any) -> Path:

@@ -19,7 +19,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from megatron_npd.run_directory import write_json
+from megatron_npd.files import write_json
 from megatron_npd.versions.manifest import PARITY, write_manifest
 
 EOS = 2

@@ -1,7 +1,7 @@
 """What a model family is: how its config.json reads and where its tensors lie. Declarations only, no torch.
 
 A Megatron parameter and the Hugging Face tensors it is made of are one `Tensors` entry. Conversion, loading and
-publishing all read the same entries (through `weights.name_map`), so they cannot disagree.
+publishing all read the same entries (through `models.tensor_map`), so they cannot disagree.
 """
 
 from __future__ import annotations

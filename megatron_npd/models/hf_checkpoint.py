@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
 from megatron_npd.errors import UserError
+from megatron_npd.files import read_json
+from megatron_npd.models.families.family import EMBEDDING
 from megatron_npd.models.hf_config import ModelDims, eos_token_ids, read_model_dims
-from megatron_npd.run_directory import read_json
+from megatron_npd.models.tensor_map import all_hugging_face_names, unknown_hugging_face_names
 
 INDEX = "model.safetensors.index.json"
-EMBEDDING = "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ def check_checkpoint(key: str, folder: Path, with_weights: bool = True) -> Check
         raise UserError(f"{key} = {folder}: no such folder; must be a Hugging Face checkpoint")
     checkpoint = Checkpoint(key, folder, read_model_dims(folder), eos_token_ids(folder))
     if with_weights:
-        _check_tensors(checkpoint, _tensor_shapes(checkpoint))
+        _check_tensors(checkpoint)
     for eos in checkpoint.eos_ids:
         if not 0 <= eos < checkpoint.dims.vocab_size:
             raise UserError(
@@ -50,18 +52,42 @@ def check_checkpoint(key: str, folder: Path, with_weights: bool = True) -> Check
     return checkpoint
 
 
-def _tensor_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor in every weight file, those the index lists included."""
-    folder = checkpoint.folder
-    files = {file.name for file in folder.glob("*.safetensors")} | _listed_files(folder / INDEX)
-    if not files:
-        raise UserError(f"{checkpoint}: no *.safetensors file in it; weights must be in the safetensors format")
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name in sorted(files):
+def weight_files(folder: Path, called: str = "") -> list[Path]:
+    """The safetensors files of a checkpoint: those its index lists and those beside them, by name.
+
+    `called`: what messages call the folder, e.g. with the key that names it.
+
+    Raises:
+        UserError: there is none, or one that the index lists is missing.
+    """
+    called = called or str(folder)
+    names = {file.name for file in folder.glob("*.safetensors")} | _listed_files(folder / INDEX)
+    if not names:
+        raise UserError(f"{called}: no *.safetensors file in it; weights must be in the safetensors format")
+    for name in sorted(names):
         if not (folder / name).is_file():
-            raise UserError(f"{checkpoint}: weight file {name} is missing, though {INDEX} lists it")
-        shapes |= _read_shapes(folder / name)
-    return shapes
+            raise UserError(f"{called}: weight file {name} is missing, though {INDEX} lists it")
+    return [folder / name for name in sorted(names)]
+
+
+def check_names(called: str, found: Collection[str], dims: ModelDims) -> None:
+    """Refuse a checkpoint whose tensors are not those of its model; `called`: what messages call it.
+
+    Raises:
+        UserError: a tensor is missing, or says something that the model has no place for.
+    """
+    missing = [name for name in all_hugging_face_names(dims) if name not in found]
+    if missing:
+        raise UserError(
+            f"{called}: tensor {missing[0]} is missing ({len(missing)} in all); the weight files must hold every "
+            "tensor that config.json implies"
+        )
+    unknown = unknown_hugging_face_names(found, dims)
+    if unknown:
+        raise UserError(
+            f"{called}: tensor {unknown[0]} is not known to the {dims.family} family ({len(unknown)} in all); the "
+            "weight files must hold no tensor that the family does not have"
+        )
 
 
 def _listed_files(index: Path) -> set[str]:
@@ -73,6 +99,19 @@ def _listed_files(index: Path) -> set[str]:
         raise UserError(f"{index}: not readable as an index; must be JSON with a weight_map of file names") from None
 
 
+def _check_tensors(checkpoint: Checkpoint) -> None:
+    """Every weight file, those the index lists included: names of all tensors, shape of the embedding."""
+    dims, shapes = checkpoint.dims, {}
+    for file in weight_files(checkpoint.folder, str(checkpoint)):
+        shapes |= _read_shapes(file)
+    check_names(str(checkpoint), shapes, dims)
+    expected = (dims.vocab_size, dims.hidden_size)
+    if shapes[EMBEDDING] != expected:
+        raise UserError(
+            f"{checkpoint}: {EMBEDDING} has shape {shapes[EMBEDDING]}; must be {expected} (vocab_size, hidden_size)"
+        )
+
+
 def _read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     """Tensor shapes of one file; opening it verifies that its header and its size agree."""
     try:
@@ -80,27 +119,3 @@ def _read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
             return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: damaged or cut short ({error}); must be a whole safetensors file") from None
-
-
-def _check_tensors(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> None:
-    # They import torch: not before it is needed.
-    from megatron_npd.weights.name_map import all_hugging_face_names, unknown_hugging_face_names
-
-    dims = checkpoint.dims
-    missing = [name for name in all_hugging_face_names(dims) if name not in shapes]
-    if missing:
-        raise UserError(
-            f"{checkpoint}: tensor {missing[0]} is missing ({len(missing)} in all); the weight files must hold every "
-            "tensor that config.json implies"
-        )
-    unknown = unknown_hugging_face_names(shapes, dims)
-    if unknown:
-        raise UserError(
-            f"{checkpoint}: tensor {unknown[0]} is not known to the {dims.family} family ({len(unknown)} in all); the "
-            "weight files must hold no tensor that the family does not have"
-        )
-    expected = (dims.vocab_size, dims.hidden_size)
-    if shapes[EMBEDDING] != expected:
-        raise UserError(
-            f"{checkpoint}: {EMBEDDING} has shape {shapes[EMBEDDING]}; must be {expected} (vocab_size, hidden_size)"
-        )

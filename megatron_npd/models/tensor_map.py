@@ -1,6 +1,7 @@
 """Where each Megatron parameter lies in a Hugging Face checkpoint: a family's declarations, spelled out for a model.
 
-Conversion, loading and publishing all read these rules, so they cannot disagree.
+Conversion, loading and publishing all read this map, so they cannot disagree. Names alone, no torch: `weights.layouts`
+has the arithmetic.
 """
 
 from __future__ import annotations
@@ -9,52 +10,48 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from megatron_npd.models.families import FAMILIES
-from megatron_npd.models.families.family import TIED_HEAD, UNTIED_HEAD
+from megatron_npd.models.families.family import TIED_HEAD, UNTIED_HEAD, Layout
 from megatron_npd.models.hf_config import ModelDims
-from megatron_npd.weights.layouts import LAYOUTS, Arithmetic
 
 _TENSORS = {family.name: family.tensors for family in FAMILIES.values()}
 
 
 @dataclass(frozen=True)
-class Rule:
-    """One Megatron parameter (`{layer}` stands for the layer number) and the Hugging Face tensors it holds."""
+class MappedParameter:
+    """One Megatron parameter of a model, and the Hugging Face tensors it holds."""
 
     megatron: str
+    """Its name."""
     hugging_face: tuple[str, ...]
-    layout: Arithmetic
+    """Their names, in the order in which `layout` takes them."""
+    layout: Layout
+    layer: int | None
+    """Number of its layer in the whole model; None: of none."""
 
 
-def rules_for(dims: ModelDims) -> dict[str, tuple[Rule, int]]:
-    """Megatron parameter name -> (rule, layer number) for a whole model."""
+def parameter_map(dims: ModelDims) -> dict[str, MappedParameter]:
+    """Every parameter of a whole model, by Megatron name."""
     head = TIED_HEAD if dims.tied_embeddings else UNTIED_HEAD
-    named = {}
+    parameters = {}
     for tensors in (*_TENSORS[dims.family], head):
         if tensors.only_if and not getattr(dims, tensors.only_if):
             continue
-        rule = Rule(tensors.megatron, tensors.hugging_face, LAYOUTS[tensors.layout])
-        for layer in range(dims.num_layers) if "{layer}" in rule.megatron else (0,):
-            named[rule.megatron.format(layer=layer)] = (rule, layer)
-    return named
-
-
-def hugging_face_names(rule: Rule, layer: int) -> list[str]:
-    """Tensor names of a rule's Hugging Face side."""
-    return [name.format(layer=layer) for name in rule.hugging_face]
+        for layer in range(dims.num_layers) if "{layer}" in tensors.megatron else (None,):
+            name = tensors.megatron.format(layer=layer)
+            held = tuple(hf_name.format(layer=layer) for hf_name in tensors.hugging_face)
+            parameters[name] = MappedParameter(name, held, tensors.layout, layer)
+    return parameters
 
 
 def all_hugging_face_names(dims: ModelDims) -> Iterator[str]:
-    """Every tensor a complete checkpoint of these dimensions holds."""
-    seen = set()
-    for rule, layer in rules_for(dims).values():
-        for name in hugging_face_names(rule, layer):
-            if name not in seen:
-                seen.add(name)
-                yield name
+    """Every tensor a complete checkpoint of these dimensions holds, once."""
+    yield from dict.fromkeys(
+        hf_name for parameter in parameter_map(dims).values() for hf_name in parameter.hugging_face
+    )
 
 
 def unknown_hugging_face_names(found: Iterable[str], dims: ModelDims) -> list[str]:
-    """Tensors of a checkpoint that no rule reads and that say something of their own, sorted.
+    """Tensors of a checkpoint that no parameter holds and that say something of their own, sorted.
 
     Left out are a stored copy of the tied head, which some writers add, and the rotary frequencies of old checkpoints.
     """

@@ -11,10 +11,11 @@ from tiny_models import FAMILIES, make_llama, make_model
 
 from megatron_npd.distributed.parallel import SINGLE
 from megatron_npd.errors import UserError
+from megatron_npd.models.families.family import Layout
 from megatron_npd.models.hf_config import read_model_dims
-from megatron_npd.weights.layouts import Replicated
+from megatron_npd.models.tensor_map import is_tied_copy, parameter_map
+from megatron_npd.weights.layouts import shard, unshard
 from megatron_npd.weights.load import load_hugging_face
-from megatron_npd.weights.name_map import hugging_face_names, is_tied_copy, rules_for
 
 AWKWARD = {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 16, "vocab_size": 131}
 """Three key-value groups and 131 rows: TP 2 and 4 pad both."""
@@ -27,15 +28,15 @@ def test_round_trip_is_bit_exact(family: str, tied: bool, size: int, tmp_path: P
     folder = make_model(family, tmp_path / "model", 0, tied=tied, **AWKWARD)
     dims, original = read_model_dims(folder), load_file(folder / "model.safetensors")
     back: dict[str, torch.Tensor] = {}
-    for name, (rule, layer) in rules_for(dims).items():
-        names = hugging_face_names(rule, layer)
-        shards = [rule.layout.shard([original[n] for n in names], dims, rank, size) for rank in range(size)]
-        assert len({shard.shape for shard in shards}) == 1, f"{name}: ranks hold different shapes"
-        if not isinstance(rule.layout, Replicated):  # what was added to make the ranks' shares equal is zero
-            nonzero = sum(int(shard.count_nonzero()) for shard in shards)
+    for name, parameter in parameter_map(dims).items():
+        names = parameter.hugging_face
+        shards = [shard(parameter, [original[n] for n in names], dims, rank, size) for rank in range(size)]
+        assert len({each.shape for each in shards}) == 1, f"{name}: ranks hold different shapes"
+        if parameter.layout != Layout.REPLICATED:  # what was added to make the ranks' shares equal is zero
+            nonzero = sum(int(each.count_nonzero()) for each in shards)
             assert nonzero == sum(int(original[n].count_nonzero()) for n in names), name
         if not is_tied_copy(name, dims):
-            back |= dict(zip(names, rule.layout.unshard(shards, dims), strict=True))
+            back |= unshard(parameter, shards, dims)
     assert set(back) == set(original)
     for name, tensor in original.items():
         assert torch.equal(back[name], tensor), name
@@ -50,8 +51,8 @@ def spoil(folder: Path, change) -> None:
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), "tensor model.layers.1.mlp.up_proj.weight missing"),
-        (lambda t: t.update({"model.extra": torch.zeros(1)}), "tensor model.extra not known"),
+        (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), "tensor model.layers.1.mlp.up_proj.weight is missing"),
+        (lambda t: t.update({"model.extra": torch.zeros(1)}), "tensor model.extra is not known to the llama family"),
         (lambda t: t.update({"model.norm.weight": torch.zeros(7)}), "decoder.final_layernorm.weight does not fit"),
     ],
 )
@@ -60,12 +61,10 @@ def test_a_wrong_checkpoint_changes_nothing(change, message: str, tmp_path: Path
     dims = read_model_dims(folder)
     parameters = {
         name: torch.full_like(
-            rule.layout.shard(
-                [load_file(folder / "model.safetensors")[n] for n in hugging_face_names(rule, layer)], dims, 0, 1
-            ),
+            shard(parameter, [load_file(folder / "model.safetensors")[n] for n in parameter.hugging_face], dims, 0, 1),
             7.0,
         )
-        for name, (rule, layer) in rules_for(dims).items()
+        for name, parameter in parameter_map(dims).items()
     }
     spoil(folder, change)
     with pytest.raises(UserError, match=message):
