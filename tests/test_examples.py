@@ -18,7 +18,7 @@ from megatron_npd.config import load_config
 from megatron_npd.models.hf_config import read_model_dims
 from megatron_npd.prepare.dtype import decide_dtype
 from megatron_npd.prepare.estimate import role_memories
-from megatron_npd.slurm.placement import slurm_layout
+from megatron_npd.slurm.placement import place_roles
 from megatron_npd.slurm.script import render
 from megatron_npd.versions.manifest import published_versions, verify_version
 
@@ -54,7 +54,7 @@ def test_the_script_beside_it_is_what_npd_slurm_renders(name: str) -> None:
     """If not: `for d in examples/*/run.toml; do npd slurm $d --output ${d%run.toml}job.sh; done`"""
     path = EXAMPLES / name / "run.toml"
     config = load_config(path)
-    assert slurm_layout(config).idle_devices == 0
+    assert place_roles(config).idle_devices == 0
     rendered = render(config, str(path.relative_to(EXAMPLES.parent)), [])
     assert (EXAMPLES / name / "job.sh").read_text(encoding="utf-8") == rendered
 

@@ -19,16 +19,16 @@ from tiny_models import make_model
 from megatron_npd.buffer.plan import make_plan
 from megatron_npd.config import Config
 from megatron_npd.distributed.parallel import Parallel
-from megatron_npd.estimates import memory
+from megatron_npd.estimates import role_memory
 from megatron_npd.estimates.disk import disk_estimate
-from megatron_npd.estimates.memory import (
+from megatron_npd.estimates.parameters import Widths, layer_parameters, stage_parameters
+from megatron_npd.estimates.rates import SampleRates
+from megatron_npd.estimates.role_memory import (
     annotator_memory,
     layer_activation_bytes,
     rollout_memory,
     trainer_memory,
 )
-from megatron_npd.estimates.parameters import Widths, layer_parameters, stage_parameters
-from megatron_npd.estimates.rates import SampleRates
 from megatron_npd.models.hf_config import ModelDims, read_model_dims
 from megatron_npd.schema import COLUMNS
 
@@ -162,20 +162,20 @@ def test_a_teachers_sidecar_stages_no_version() -> None:
 
 
 def test_a_cuda_build_of_torch_is_known_by_its_files() -> None:
-    assert memory.torch_is_cuda_build() == (torch.version.cuda is not None)
+    assert role_memory.torch_is_cuda_build() == (torch.version.cuda is not None)
 
 
 def test_a_cuda_build_of_torch_takes_more_of_a_cpu_in_every_process(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = {}
     for cuda in (False, True):
-        monkeypatch.setattr(memory, "torch_is_cuda_build", lambda cuda=cuda: cuda)
+        monkeypatch.setattr(role_memory, "torch_is_cuda_build", lambda cuda=cuda: cuda)
         config = configuration()
         taken[cuda] = [
             trainer_memory(config, DIMS, "cpu").bytes,
             annotator_memory(config, DIMS, DIMS, "cpu").bytes,
             rollout_memory(config, DIMS, "cpu").bytes,
         ]
-    assert [most - least for least, most in zip(*taken.values(), strict=True)] == [memory.CUDA_BUILD_BYTES] * 3
+    assert [most - least for least, most in zip(*taken.values(), strict=True)] == [role_memory.CUDA_BUILD_BYTES] * 3
     assert "CUDA's libraries" not in terms(trainer_memory(configuration(), DIMS, "gpu")), "not of the GPU's memory"
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_npd.errors import UserError
-from megatron_npd.weights.safetensors_writer import TensorSpec, is_written, plan_shards, write_index, write_shard
+from megatron_npd.weights.safetensors_writer import TensorSpec, is_written, plan_files, write_file, write_index
 from megatron_npd.weights.tensor_file import stored_tensors
 
 
@@ -26,11 +26,11 @@ def test_shards_are_planned_by_size_and_read_by_safetensors(tmp_path: Path) -> N
         "f": torch.randn(2),
     }
     specs = [TensorSpec(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
-    shards = plan_shards(specs, 80)
+    shards = plan_files(specs, 80)
     assert [[tensor.name for tensor in shard.tensors] for shard in shards] == [["b", "c", "a"], ["d"], ["f", "e"]]
     for shard in shards:
         assert not is_written(tmp_path, shard)
-        write_shard(tmp_path, shard, tensors.__getitem__)
+        write_file(tmp_path, shard, tensors.__getitem__)
         assert is_written(tmp_path, shard)
     write_index(tmp_path, shards)
     stored = stored_tensors([tmp_path / shard.file for shard in shards])
@@ -44,21 +44,21 @@ def test_shards_are_planned_by_size_and_read_by_safetensors(tmp_path: Path) -> N
 
 
 def test_an_unfinished_or_other_shard_is_not_taken_for_written(tmp_path: Path) -> None:
-    [shard] = plan_shards([TensorSpec("a", (4,), torch.float32)], 100)
+    [shard] = plan_files([TensorSpec("a", (4,), torch.float32)], 100)
     assert shard.file == "model.safetensors"
     with pytest.raises(RuntimeError, match="interrupted"):
-        write_shard(tmp_path, shard, lambda _: (_ for _ in ()).throw(RuntimeError("interrupted")))
+        write_file(tmp_path, shard, lambda _: (_ for _ in ()).throw(RuntimeError("interrupted")))
     assert not is_written(tmp_path, shard)
-    write_shard(tmp_path, shard, lambda _: torch.ones(4))
+    write_file(tmp_path, shard, lambda _: torch.ones(4))
     assert is_written(tmp_path, shard)
-    assert not is_written(tmp_path, plan_shards([TensorSpec("b", (4,), torch.float32)], 100)[0])
+    assert not is_written(tmp_path, plan_files([TensorSpec("b", (4,), torch.float32)], 100)[0])
     os.truncate(tmp_path / shard.file, (tmp_path / shard.file).stat().st_size - 1)
     assert not is_written(tmp_path, shard)
 
 
 def test_a_file_that_changes_while_it_is_read(tmp_path: Path) -> None:
-    [shard] = plan_shards([TensorSpec("a", (4,), torch.float32)], 100)
-    write_shard(tmp_path, shard, lambda _: torch.ones(4))
+    [shard] = plan_files([TensorSpec("a", (4,), torch.float32)], 100)
+    write_file(tmp_path, shard, lambda _: torch.ones(4))
     stored = stored_tensors([tmp_path / shard.file])["a"]
     os.truncate(stored.path, stored.begin + 5)
     with pytest.raises(UserError, match="was cut short while it was read"):

@@ -16,7 +16,7 @@ from megatron_npd.cli import main
 from megatron_npd.config import Config, load_config
 from megatron_npd.errors import UserError
 from megatron_npd.slurm.options import seconds_of
-from megatron_npd.slurm.placement import Layout, slurm_layout
+from megatron_npd.slurm.placement import JobLayout, place_roles
 from megatron_npd.slurm.script import render
 from megatron_npd.slurm.srun_steps import parse_steps
 from megatron_npd.slurm.task import own_address, task_environment
@@ -48,7 +48,7 @@ def toml(value: object) -> str:
     return tomli_w.dumps({"x": value}).removeprefix("x = ").strip()
 
 
-def places(layout: Layout) -> list[tuple[str, int, int, int, int, int]]:
+def places(layout: JobLayout) -> list[tuple[str, int, int, int, int, int]]:
     """(name, first node, nodes, tasks on each, first device, devices) of every step."""
     return [
         (step.name, step.first_node, step.nodes, step.tasks_per_node, step.first_device, step.devices)
@@ -59,8 +59,8 @@ def places(layout: Layout) -> list[tuple[str, int, int, int, int, int]]:
 def test_roles_share_nodes_on_devices_of_their_own(configured: SetConfig) -> None:
     config = configured(
         training__data_parallel_size=4, annotator__tensor_model_parallel_size=2, slurm__sidecars=4
-    )  # the example of `slurm_layout`
-    layout = slurm_layout(config)
+    )  # the example of `place_roles`
+    layout = place_roles(config)
     assert places(layout) == [
         ("trainer", 0, 1, 4, 0, 4),
         ("annotator.node0", 0, 1, 2, 4, 2),
@@ -84,7 +84,7 @@ def test_no_device_is_given_twice_and_no_group_is_torn(configured: SetConfig) ->
                     slurm__annotators=3,
                     slurm__share_nodes=share,
                 )
-                layout = slurm_layout(config)
+                layout = place_roles(config)
                 taken = [
                     (node, device)
                     for step in layout.steps
@@ -99,7 +99,7 @@ def test_no_device_is_given_twice_and_no_group_is_torn(configured: SetConfig) ->
 
 
 def test_a_large_trainer_takes_whole_nodes(configured: SetConfig) -> None:
-    layout = slurm_layout(
+    layout = place_roles(
         configured(
             training__tensor_model_parallel_size=8,
             training__pipeline_model_parallel_size=2,
@@ -115,7 +115,7 @@ def test_nodes_without_gpus(configured: SetConfig) -> None:
     config = configured(
         training__tensor_model_parallel_size=2, slurm__gpus_per_node=0, slurm__processes_per_node=2, slurm__sidecars=2
     )
-    assert places(slurm_layout(config)) == [
+    assert places(place_roles(config)) == [
         ("trainer", 0, 1, 2, 0, 2),
         ("annotator.node1", 1, 1, 1, 0, 1),
         ("rollout.node1", 1, 1, 1, 1, 1),
@@ -135,7 +135,7 @@ def test_a_heterogeneous_job_has_a_component_a_role(configured: SetConfig) -> No
         slurm__rollout__gpus_per_node=4,
         slurm__sidecars=8,
     )
-    layout = slurm_layout(config)
+    layout = place_roles(config)
     assert [(c.nodes, c.devices_per_node, c.partition) for c in layout.components] == [
         (1, 8, "big"),
         (1, 8, "big"),

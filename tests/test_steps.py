@@ -18,7 +18,7 @@ from megatron_npd.files import write_json
 from megatron_npd.process.heartbeat import Heartbeat
 from megatron_npd.process.logs import first_failed_task
 from megatron_npd.run_directory import RunDirectory
-from megatron_npd.slurm.srun_steps import Step, roles_of_steps
+from megatron_npd.slurm.srun_steps import SrunStep, roles_of_steps
 from megatron_npd.supervise.children import Child, stop
 from megatron_npd.supervise.leftovers import return_stale_leases
 from megatron_npd.supervise.role_work import Role
@@ -109,7 +109,7 @@ def test_every_step_is_wanted_from_the_beginning(inputs: Inputs) -> None:
     so it must not wait until the teacher's responses are there."""
     inputs.set("launch.turns", "on")
     directory, plan = RunDirectory(inputs.run), make_plan(inputs.config, 6, 3)
-    steps = [Step(name, ["true"]) for name in ("trainer", "annotator.node1", "rollout.node1", "rollout.node2")]
+    steps = [SrunStep(name, ["true"]) for name in ("trainer", "annotator.node1", "rollout.node1", "rollout.node2")]
     assert all(role.is_wanted() for role in roles_of_steps(inputs.config, directory, plan, steps))
 
 

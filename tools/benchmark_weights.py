@@ -25,8 +25,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_npd.conversion.memory import reuse_freed_memory
-from megatron_npd.conversion.progress import Report
+from megatron_npd.conversion.progress_bar import Report
 from megatron_npd.conversion.to_hugging_face import to_hugging_face
 from megatron_npd.conversion.to_megatron import to_megatron
 from megatron_npd.distributed.parallel import Parallel
@@ -35,8 +34,9 @@ from megatron_npd.files import write_json
 from megatron_npd.mcore.model_parallel import initialize, shutdown
 from megatron_npd.mcore.torch_dist import checkpoint_layout
 from megatron_npd.models.hf_config import read_model_dims
+from megatron_npd.process.memory import reuse_freed_memory
 from megatron_npd.versions.manifest import sha256
-from megatron_npd.weights.safetensors_writer import TensorSpec, plan_shards, write_index, write_shard
+from megatron_npd.weights.safetensors_writer import TensorSpec, plan_files, write_file, write_index
 from megatron_npd.weights.source import groups_of, hugging_face_shapes
 
 _QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "rms_norm_eps": 1e-6, "rope_theta": 1e6}
@@ -147,9 +147,9 @@ def make_checkpoint(folder: Path, shape: str, dtype: torch.dtype, parallel: Para
         spec, begin = by_name[name], zlib.crc32(name.encode()) % places_to_begin
         return block[begin : begin + spec.nbytes // dtype.itemsize].view(dtype).view(spec.shape)
 
-    shards = plan_shards(specs, SHARD_BYTES)
+    shards = plan_files(specs, SHARD_BYTES)
     for shard in shards:
-        write_shard(folder, shard, tensor)
+        write_file(folder, shard, tensor)
     write_index(folder, shards)
 
 

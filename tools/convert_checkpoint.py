@@ -20,8 +20,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_npd.conversion.memory import reuse_freed_memory
 from megatron_npd.errors import USAGE_STATUS, UserError
+from megatron_npd.process.memory import reuse_freed_memory
 
 if TYPE_CHECKING:
     import torch

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from megatron_npd.conversion.ahead import Ahead
-from megatron_npd.conversion.memory import MemoryPeak
-from megatron_npd.conversion.progress import Progress, Report
+from megatron_npd.conversion.progress_bar import SAMPLE_SECONDS, ProgressBar, Report
 from megatron_npd.conversion.staging import identity, staged
 from megatron_npd.conversion.to_megatron import HUGGING_FACE
 from megatron_npd.distributed.parallel import Parallel
@@ -26,9 +25,10 @@ from megatron_npd.mcore.torch_dist import (
 )
 from megatron_npd.models.hf_config import ModelDims, read_model_dims
 from megatron_npd.models.tensor_map import parameter_map
+from megatron_npd.process.memory import PeakMemory
 from megatron_npd.weights.companions import copy_companions
 from megatron_npd.weights.layouts import unshard
-from megatron_npd.weights.safetensors_writer import TensorSpec, is_written, plan_shards, write_index, write_shard
+from megatron_npd.weights.safetensors_writer import TensorSpec, is_written, plan_files, write_file, write_index
 from megatron_npd.weights.source import groups_of, hugging_face_shapes
 from megatron_npd.weights.tensor_file import DTYPES
 
@@ -60,11 +60,11 @@ def to_hugging_face(
     template = template_of(checkpoint, template)
     dims = read_model_dims(template)
     stored = StoredModel(TorchDistReader(checkpoint), checkpoint_layout(dims, parallel), dims)
-    with MemoryPeak().watching() as peak:
+    with PeakMemory(period_seconds=SAMPLE_SECONDS) as peak:
         specs = stored.specs(dtype)
-        shards = plan_shards(list(specs.values()), max_shard_bytes)
+        shards = plan_files(list(specs.values()), max_shard_bytes)
         total = sum(shard.nbytes for shard in shards)
-        progress = Progress("megatron-to-hf", total)
+        progress = ProgressBar("megatron-to-hf", total)
         job = _job(checkpoint, template, dtype, max_shard_bytes)
         with staged(output, [checkpoint, template], job, overwrite, total) as staging:
             wanted = [shard for shard in shards if not is_written(staging, shard)]
@@ -78,7 +78,7 @@ def to_hugging_face(
                 return stored.read(name).to(specs[name].dtype)
 
             for shard in wanted:
-                write_shard(staging, shard, tensor)
+                write_file(staging, shard, tensor)
             write_index(staging, shards)
             copy_companions(template, staging)
             set_dtype(staging / "config.json", max(specs.values(), key=lambda spec: spec.nbytes).dtype)

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from megatron_npd.conversion.ahead import Ahead
-from megatron_npd.conversion.memory import MemoryPeak
-from megatron_npd.conversion.progress import Progress, Report
+from megatron_npd.conversion.progress_bar import SAMPLE_SECONDS, ProgressBar, Report
 from megatron_npd.conversion.staging import identity, staged
 from megatron_npd.distributed.parallel import Parallel
 from megatron_npd.errors import UserError
@@ -18,6 +17,7 @@ from megatron_npd.mcore.torch_dist import CheckpointLayout, checkpoint_layout
 from megatron_npd.mcore.torch_dist_writer import TorchDistWriter
 from megatron_npd.models.hf_checkpoint import weight_files
 from megatron_npd.models.hf_config import read_model_dims
+from megatron_npd.process.memory import PeakMemory
 from megatron_npd.weights.companions import copy_companions
 from megatron_npd.weights.source import HuggingFaceSource, groups_of
 
@@ -39,13 +39,13 @@ def to_megatron(
     """
     dims = read_model_dims(source)
     layout, groups = checkpoint_layout(dims, parallel), groups_of(dims)
-    with MemoryPeak().watching() as peak:
+    with PeakMemory(period_seconds=SAMPLE_SECONDS) as peak:
         tensors = HuggingFaceSource(source, dims)
         tensors.check_shapes({name: place.shape for name, place in layout.places.items()})
         dtypes = {name: dtype or tensors.dtype(name) for group in groups for name in group}
         _check_one_dtype_each(source, layout, dtypes)
         sizes = {name: math.prod(layout.places[name].shape) * dtypes[name].itemsize for name in dtypes}
-        progress = Progress("hf-to-megatron", sum(sizes.values()))
+        progress = ProgressBar("hf-to-megatron", sum(sizes.values()))
         with staged(output, [source], _job(source, dtype), overwrite, sum(sizes.values())) as staging:
             writer = TorchDistWriter(staging, layout, groups, dtypes)
             there = [number for number in range(len(groups)) if writer.is_written(number)]

@@ -8,9 +8,9 @@ import numpy as np
 
 from megatron_npd.buffer.plan import Plan
 from megatron_npd.config import Config
-from megatron_npd.estimates.memory import element_bytes
 from megatron_npd.estimates.parameters import stage_parameters
 from megatron_npd.estimates.rates import SampleRates
+from megatron_npd.estimates.role_memory import element_bytes
 from megatron_npd.models.hf_config import ModelDims
 from megatron_npd.run_directory import HELDOUT_STAGE
 from megatron_npd.schema import COLUMNS

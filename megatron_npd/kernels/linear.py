@@ -26,7 +26,7 @@ from megatron_npd.kernels.objective import (
     token_losses,
     write_gradient,
 )
-from megatron_npd.kernels.vocab_parallel import Shard
+from megatron_npd.kernels.vocab_parallel import VocabShard
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class _LinearCeTopkKl(torch.autograd.Function):
         chunk_tokens: int,
         wanted: tuple[bool, bool],
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        tokens, shard = len(hidden_NH), Shard.of(len(weight_VH), parallel, valid)
+        tokens, shard = len(hidden_NH), VocabShard.of(len(weight_VH), parallel, valid)
         losses_3N = torch.empty(3, tokens, dtype=torch.float32, device=hidden_NH.device)
         d_hidden_NH = torch.empty_like(hidden_NH) if wanted[0] else None
         d_weight_VH = _weight_sum(weight_VH, one_term=tokens <= chunk_tokens) if wanted[1] else None

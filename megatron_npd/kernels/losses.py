@@ -21,7 +21,7 @@ from megatron_npd.kernels.objective import (
     token_losses,
     write_gradient,
 )
-from megatron_npd.kernels.vocab_parallel import Shard
+from megatron_npd.kernels.vocab_parallel import VocabShard
 
 
 def ce_topk_kl(
@@ -66,7 +66,7 @@ class _CeTopkKl(torch.autograd.Function):
     def forward(
         ctx: Any, logits_TV: torch.Tensor, labels: Labels, objective: Objective, parallel: Parallel, valid: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        shard = Shard.of(logits_TV.shape[1], parallel, valid)
+        shard = VocabShard.of(logits_TV.shape[1], parallel, valid)
         statistics = merge_statistics(
             over_tensor_ranks(partial_statistics(logits_TV, labels, objective, shard), parallel)
         )

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_npd.kernels import native
-from megatron_npd.kernels.vocab_parallel import Shard, chunks
+from megatron_npd.kernels.vocab_parallel import VocabShard, chunks
 
 TAILS = ("none", "bucket", "renormalize")
 
@@ -111,7 +111,9 @@ def check_temperature(temperature: float) -> None:
         raise ValueError(f"temperature = {temperature!r}: must be a positive finite number")
 
 
-def partial_statistics(logits_TV: torch.Tensor, labels: Labels, objective: Objective, shard: Shard) -> torch.Tensor:
+def partial_statistics(
+    logits_TV: torch.Tensor, labels: Labels, objective: Objective, shard: VocabShard
+) -> torch.Tensor:
     """What this rank's columns contribute: float32 [4, T], or [5, T] at a temperature other than 1.
 
     Rows: logsumexp(z / τ) over S and outside it, Σ_S p·z / τ, z of the target, and logsumexp(z) where τ is not 1 (at
@@ -171,7 +173,7 @@ def write_gradient(
     statistics: Statistics,
     labels: Labels,
     objective: Objective,
-    shard: Shard,
+    shard: VocabShard,
 ) -> None:
     """Write ∂(Σ grad·loss)/∂logits of this rank's columns to `into_TV`, which may be `logits_TV` itself.
 

@@ -12,12 +12,12 @@ from megatron_npd.distributed.collectives import over_tensor_ranks
 from megatron_npd.distributed.parallel import Parallel
 from megatron_npd.kernels import native
 from megatron_npd.kernels.objective import check_temperature
-from megatron_npd.kernels.vocab_parallel import Shard, chunks
+from megatron_npd.kernels.vocab_parallel import VocabShard, chunks
 
 
 def token_logprobs(logits_TV: torch.Tensor, targets_T: torch.Tensor, parallel: Parallel, valid: int) -> torch.Tensor:
     """log softmax(logits)[target], float32 [T]. No gradient."""
-    shard = Shard.of(logits_TV.shape[1], parallel, valid)
+    shard = VocabShard.of(logits_TV.shape[1], parallel, valid)
     max_RT, sum_RT, target_RT = over_tensor_ranks(_score(logits_TV, targets_T, shard), parallel).unbind(1)
     base_T = _finite(max_RT.amax(0))
     sum_T = (sum_RT * torch.exp(max_RT - base_T)).sum(0)
@@ -39,7 +39,7 @@ def topk_logprobs(
         ValueError: the temperature is not a positive finite number.
     """
     check_temperature(temperature)
-    shard = Shard.of(logits_TV.shape[1], parallel, valid)
+    shard = VocabShard.of(logits_TV.shape[1], parallel, valid)
     value_RTK, id_RTK, rest_R2T = (over_tensor_ranks(x, parallel) for x in _best(logits_TV, k, shard, temperature))
     max_RT, rest_RT = rest_R2T.unbind(1)
     # Stable, and ranks hold ascending ids: the lowest id first among equals.
@@ -56,7 +56,7 @@ def topk_logprobs(
 
 def top_token(logits_TV: torch.Tensor, parallel: Parallel, valid: int) -> torch.Tensor:
     """The most probable id, int64 [T]; the lowest of equals."""
-    shard = Shard.of(logits_TV.shape[1], parallel, valid)
+    shard = VocabShard.of(logits_TV.shape[1], parallel, valid)
     value_T = _floats(logits_TV, len(logits_TV)).fill_(-torch.inf)
     id_T = torch.zeros_like(value_T, dtype=torch.int64)
     if valid:  # a rank of padding alone has no best
@@ -68,7 +68,7 @@ def top_token(logits_TV: torch.Tensor, parallel: Parallel, valid: int) -> torch.
 
 def forward_kl(teacher_TV: torch.Tensor, student_TV: torch.Tensor, parallel: Parallel, valid: int) -> torch.Tensor:
     """KL(teacher || student) over the whole vocabulary, float32 [T], nats. No gradient."""
-    shard = Shard.of(teacher_TV.shape[1], parallel, valid)
+    shard = VocabShard.of(teacher_TV.shape[1], parallel, valid)
     lse_2T = _floats(teacher_TV, 2, len(teacher_TV))
     for (rows, p_CV), (_, q_CV) in zip(chunks(teacher_TV, shard), chunks(student_TV, shard), strict=True):
         lse_2T[0, rows], lse_2T[1, rows] = torch.logsumexp(p_CV, -1), torch.logsumexp(q_CV, -1)
@@ -81,7 +81,7 @@ def forward_kl(teacher_TV: torch.Tensor, student_TV: torch.Tensor, parallel: Par
     return over_tensor_ranks(kl_T, parallel).sum(0)
 
 
-def _score(logits_TV: torch.Tensor, targets_T: torch.Tensor, shard: Shard) -> torch.Tensor:
+def _score(logits_TV: torch.Tensor, targets_T: torch.Tensor, shard: VocabShard) -> torch.Tensor:
     """What this rank's columns contribute: a base b, Σ exp(z - b) and the target's logit, float32 [3, T]."""
     if native.runs(logits_TV):
         return native.score(logits_TV, targets_T, shard.first, shard.valid)
@@ -94,7 +94,7 @@ def _score(logits_TV: torch.Tensor, targets_T: torch.Tensor, shard: Shard) -> to
 
 
 def _best(
-    logits_TV: torch.Tensor, k: int, shard: Shard, temperature: float
+    logits_TV: torch.Tensor, k: int, shard: VocabShard, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """This rank's k best logits and ids, [T, K], and of its other columns a base b and Σ exp((z - b) / τ), [2, T].
 

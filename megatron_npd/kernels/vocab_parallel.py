@@ -18,7 +18,7 @@ CHUNK = 64
 
 
 @dataclass(frozen=True)
-class Shard:
+class VocabShard:
     """This rank owns the global ids [first, first + valid); its columns from `valid` on are padding.
 
     An id of another rank must never alias a local column, so every access by id goes through here.
@@ -28,7 +28,7 @@ class Shard:
     valid: int
 
     @classmethod
-    def of(cls, columns: int, parallel: Parallel, valid: int) -> Shard:
+    def of(cls, columns: int, parallel: Parallel, valid: int) -> VocabShard:
         """The slice of a rank with `columns` columns, padding included (the same number on every rank)."""
         return cls(parallel.tp_rank * columns, valid)
 
@@ -63,7 +63,9 @@ class Shard:
         return row, place, ids_CK[row, place] - self.first
 
 
-def chunks(logits_TV: torch.Tensor, shard: Shard, temperature: float = 1.0) -> Iterator[tuple[slice, torch.Tensor]]:
+def chunks(
+    logits_TV: torch.Tensor, shard: VocabShard, temperature: float = 1.0
+) -> Iterator[tuple[slice, torch.Tensor]]:
     """(rows, float32 [rows, valid] of logits / temperature) of successive chunks; copies, free to be overwritten."""
     for start in range(0, len(logits_TV), CHUNK):
         rows = slice(start, min(start + CHUNK, len(logits_TV)))

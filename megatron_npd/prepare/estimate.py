@@ -9,8 +9,8 @@ from megatron_npd.buffer.plan import Plan, make_plan
 from megatron_npd.config import Config, SlurmConfig
 from megatron_npd.estimates.disk import disk_estimate
 from megatron_npd.estimates.division import Sizes, best_division
-from megatron_npd.estimates.memory import RoleMemory, annotator_memory, rollout_memory, trainer_memory
 from megatron_npd.estimates.rates import Rates, read_rates
+from megatron_npd.estimates.role_memory import RoleMemory, annotator_memory, rollout_memory, trainer_memory
 from megatron_npd.estimates.simulation import Timeline, Workers, simulate
 from megatron_npd.estimates.workload import workload
 from megatron_npd.hardware.device import Device, device_here

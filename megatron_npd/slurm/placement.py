@@ -31,7 +31,7 @@ class Component:
 
 
 @dataclass(frozen=True)
-class Step:
+class PlacedRole:
     """What one srun starts: the trainer, or all that an annotator's or the sidecars' role has on one node."""
 
     role: str
@@ -52,11 +52,11 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Layout:
+class JobLayout:
     """All nodes of a job and all steps on them."""
 
     components: list[Component]
-    steps: list[Step]
+    steps: list[PlacedRole]
 
     @property
     def nodes(self) -> int:
@@ -69,7 +69,7 @@ class Layout:
         return there - sum(step.nodes * step.devices for step in self.steps)
 
 
-def slurm_layout(config: Config) -> Layout:
+def place_roles(config: Config) -> JobLayout:
     """Place every role.
 
     Raises:
@@ -79,7 +79,7 @@ def slurm_layout(config: Config) -> Layout:
     for role in ROLES:
         _check_role_nodes(config, role)
     components: list[Component] = []
-    steps: list[Step] = []
+    steps: list[PlacedRole] = []
     nodes = _Nodes(config, ROLES[0], 0)
     for role in ROLES:
         if slurm.heterogeneous and role != ROLES[0]:
@@ -88,7 +88,7 @@ def slurm_layout(config: Config) -> Layout:
         elif not slurm.share_nodes:
             nodes.close()
         steps += _place(config, role, nodes, len(components))
-    return Layout([*components, nodes.component()], steps)
+    return JobLayout([*components, nodes.component()], steps)
 
 
 class _Nodes:
@@ -126,7 +126,7 @@ class _Nodes:
         return self.first + node, first
 
 
-def _place(config: Config, role: str, nodes: _Nodes, component: int) -> list[Step]:
+def _place(config: Config, role: str, nodes: _Nodes, component: int) -> list[PlacedRole]:
     if role == TRAINER:
         return [_place_trainer(config, nodes, component)]
     if role == ANNOTATOR:
@@ -143,11 +143,11 @@ def _place(config: Config, role: str, nodes: _Nodes, component: int) -> list[Ste
     for node in dict(places):
         here = [device for at, device in places if at == node]
         tasks = len(here) * (size if role == ANNOTATOR else 1)
-        steps.append(Step(role, component, node, 1, tasks, here[0], len(here) * size))
+        steps.append(PlacedRole(role, component, node, 1, tasks, here[0], len(here) * size))
     return steps
 
 
-def _place_trainer(config: Config, nodes: _Nodes, component: int) -> Step:
+def _place_trainer(config: Config, nodes: _Nodes, component: int) -> PlacedRole:
     ranks, tensor = config.training.world_size, config.training.tensor_model_parallel_size
     if tensor > nodes.per_node:
         raise UserError(
@@ -166,7 +166,7 @@ def _place_trainer(config: Config, nodes: _Nodes, component: int) -> Step:
             "that share a layer must share a node"
         )
     places = [nodes.take(here) for _ in range(ranks // here)]
-    return Step(TRAINER, component, places[0][0], len(places), here, 0, here)
+    return PlacedRole(TRAINER, component, places[0][0], len(places), here, 0, here)
 
 
 def _own_nodes(config: Config, role: str) -> SlurmRoleConfig:

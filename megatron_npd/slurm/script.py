@@ -10,7 +10,7 @@ from megatron_npd.config import Config
 from megatron_npd.errors import NODE_LOST_STATUS
 from megatron_npd.roles import ROLLOUT
 from megatron_npd.slurm.options import check
-from megatron_npd.slurm.placement import Component, Layout, Step, slurm_layout
+from megatron_npd.slurm.placement import Component, JobLayout, PlacedRole, place_roles
 from megatron_npd.slurm.task import NO_GPUS
 
 SCRIPT = r"""
@@ -72,7 +72,7 @@ def render(config: Config, path: str, settings: list[str]) -> str:
         UserError: the roles do not fit on the nodes, or options contradict each other.
     """
     check(config)
-    layout = slurm_layout(config)
+    layout = place_roles(config)
     if config.launch.turns == "auto":  # meant for one machine: nodes must not wait for each other
         settings = [*settings, "launch.turns=off"]
     overrides = [word for setting in settings for word in ("--set", setting)]
@@ -93,7 +93,7 @@ def render(config: Config, path: str, settings: list[str]) -> str:
     return "\n".join(["#!/usr/bin/env bash", *_explanation(path, layout), *_directives(config, layout)]) + body
 
 
-def _explanation(path: str, layout: Layout) -> list[str]:
+def _explanation(path: str, layout: JobLayout) -> list[str]:
     lines = [f"# Near-Policy Distillation of {path}: rendered by `npd slurm`, sent with `sbatch FILE`.", "#"]
     for alike in _alike(layout):
         step, nodes = alike[0], sum(step.nodes for step in alike)
@@ -109,7 +109,7 @@ def _explanation(path: str, layout: Layout) -> list[str]:
     return [*lines, "#"]
 
 
-def _directives(config: Config, layout: Layout) -> list[str]:
+def _directives(config: Config, layout: JobLayout) -> list[str]:
     slurm = config.slurm
     array = slurm.continue_by == "array"
     options = [
@@ -143,14 +143,14 @@ def _node_options(config: Config, component: Component) -> list[str]:
     ]
 
 
-def _node_lists(layout: Layout) -> str:
+def _node_lists(layout: JobLayout) -> str:
     if len(layout.components) == 1:
         return 'scontrol show hostnames "$SLURM_JOB_NODELIST"'
     lists = (f'scontrol show hostnames "$SLURM_JOB_NODELIST_HET_GROUP_{i}"' for i in range(len(layout.components)))
     return "; ".join(lists)
 
 
-def _step_lines(config: Config, layout: Layout) -> list[str]:
+def _step_lines(config: Config, layout: JobLayout) -> list[str]:
     """One call of `step` each; nodes in a row that do the same are one loop."""
     lines = []
     for steps in _alike(layout):
@@ -165,17 +165,17 @@ def _step_lines(config: Config, layout: Layout) -> list[str]:
     return lines
 
 
-def _alike(layout: Layout) -> list[list[Step]]:
+def _alike(layout: JobLayout) -> list[list[PlacedRole]]:
     """The steps, together where they differ in their node alone and their nodes follow each other."""
 
-    def signature(item: tuple[int, Step]) -> tuple[object, ...]:
+    def signature(item: tuple[int, PlacedRole]) -> tuple[object, ...]:
         index, step = item
         return step.role, step.component, step.nodes, step.tasks_per_node, step.first_device, step.first_node - index
 
     return [[step for _, step in alike] for _, alike in groupby(enumerate(layout.steps), key=signature)]
 
 
-def _devices(layout: Layout, step: Step) -> str:
+def _devices(layout: JobLayout, step: PlacedRole) -> str:
     if not layout.components[step.component].gpus:
         return NO_GPUS
     last = step.first_device + step.devices - 1

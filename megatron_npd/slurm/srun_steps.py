@@ -31,7 +31,7 @@ SLURM_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
-class Step:
+class SrunStep:
     """One srun command line."""
 
     name: str
@@ -60,20 +60,20 @@ def supervise_steps(config: Config, words: list[str]) -> int:
         return watch_run(run, config, console, lambda plan: roles_of_steps(config, run, plan, steps))
 
 
-def parse_steps(words: list[str]) -> list[Step]:
+def parse_steps(words: list[str]) -> list[SrunStep]:
     """The steps of a command line.
 
     Raises:
         UserError: no step, a name twice or of no role, a step without a command, or a role without a step.
     """
-    steps: list[Step] = []
+    steps: list[SrunStep] = []
     for word in words:
         if word == STEP:
-            steps.append(Step("", []))
+            steps.append(SrunStep("", []))
         elif not steps:
             raise UserError(f"npd supervise: {word}: must be {STEP} NAME COMMAND...")
         elif not steps[-1].name:
-            steps[-1] = Step(word, [])
+            steps[-1] = SrunStep(word, [])
         else:
             steps[-1].argv.append(word)
     for index, step in enumerate(steps):
@@ -89,7 +89,7 @@ def parse_steps(words: list[str]) -> list[Step]:
     return steps
 
 
-def roles_of_steps(config: Config, run: RunDirectory, plan: Plan, steps: list[Step]) -> list[Role]:
+def roles_of_steps(config: Config, run: RunDirectory, plan: Plan, steps: list[SrunStep]) -> list[Role]:
     """What `roles_of` says of a role's work holds for each of its steps."""
     work = {role.name: role for role in roles_of(config, run, plan, run.root)}
     teacher, student = work[ROLLOUT_TEACHER], work[ROLLOUT]
@@ -102,7 +102,7 @@ def roles_of_steps(config: Config, run: RunDirectory, plan: Plan, steps: list[St
     return [_role(run, step, work[step.kind]) for step in steps]
 
 
-def _role(run: RunDirectory, step: Step, work: Role) -> Role:
+def _role(run: RunDirectory, step: SrunStep, work: Role) -> Role:
     command = Command(step.name, step.argv, run.log(f"{step.name}.srun"), {STEP_VARIABLE: step.name}, is_srun=True)
     return replace(
         work,
@@ -115,7 +115,7 @@ def _role(run: RunDirectory, step: Step, work: Role) -> Role:
     )
 
 
-def _is_lost(step: Step) -> Callable[[], bool]:
+def _is_lost(step: SrunStep) -> Callable[[], bool]:
     """Whether a node of a step has left the job: one that failed never comes back to it."""
     wanted = next((word.partition("=")[2] for word in step.argv if word.startswith("--nodelist=")), "")
 

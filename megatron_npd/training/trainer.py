@@ -31,7 +31,7 @@ from megatron_npd.process.waiting import turn, turn_lock
 from megatron_npd.roles import TRAINER
 from megatron_npd.run_directory import WARMUP_STAGE, RunDirectory
 from megatron_npd.schema import TEACHER_VERSION
-from megatron_npd.training.progress import Progress
+from megatron_npd.training.position import Position
 from megatron_npd.training.publishing import make_publisher, publish, write_student
 from megatron_npd.training.samples import StageIndex, open_stage, wait_for_stage
 from megatron_npd.training.schedule import Step, deal, imbalance, learning_rate, plan_steps
@@ -77,7 +77,7 @@ class Trainer:
         """Stages whose near-policy limit was passed, and that were warned of."""
         self._saved_step = 0
         """Step of the newest checkpoint, current or under way; to begin anew is as good as one of step 0."""
-        self.progress = self._resume()
+        self.position = self._resume()
         training = config.training
         self.checkpointer = Checkpointer(
             self.run.checkpoints, self.student.trainable, training.keep_checkpoints, training.asynchronous_checkpoints
@@ -97,7 +97,7 @@ class Trainer:
         try:
             self.publish(0)
             for stage in self.plan.training_stages:
-                if stage.name not in self.progress.finished:
+                if stage.name not in self.position.finished:
                     self.train_stage(stage)
             self.finish()
         except stopping.Stopped as request:
@@ -108,7 +108,7 @@ class Trainer:
         """All steps of a stage that are left, the publication it owes, and checkpoints."""
         samples = self._wait_and_open(stage)
         steps = self._plan_steps(stage, samples)
-        done = self.progress.enter(stage.name)
+        done = self.position.enter(stage.name)
         logger.info("%s: %d samples, %d of %d steps left", stage.name, len(samples), len(steps) - done, len(steps))
         publish_at = publishing_step(self.config, self.plan, stage, len(steps))
         for number, step in enumerate(steps[done:], start=done + 1):
@@ -121,7 +121,7 @@ class Trainer:
                 self._checkpoint_if_due()
                 leave_if_asked(self.parallel)
         samples.close()
-        self.progress.leave()
+        self.position.leave()
         self._checkpoint()
 
     def publish(self, version: int) -> None:
@@ -171,11 +171,11 @@ class Trainer:
             loss_step = forward_step(training, student.dims, parallel)
             reports, norm = train_step(student.trainable, batches, loss_step, training.sequence_length, rate)
             seconds = time.monotonic() - started
-        self.progress.step_done()
+        self.position.step_done()
         sums = collect_sums(reports, parallel) if parallel.is_last_stage else None
         sums = broadcast_object(sums, source=parallel.logging_rank)
         if not math.isfinite(sums.loss):
-            raise FloatingPointError(f"step {self.progress.step}: the loss is {sums.loss}")
+            raise FloatingPointError(f"step {self.position.step}: the loss is {sums.loss}")
         report = StepReport(
             sums,
             norm,
@@ -187,9 +187,9 @@ class Trainer:
             flops=sum(self._flops(samples, items) for items in step.packs) + self.costs.head * sums.tokens,
             policy_lag=None if stage.version == TEACHER_VERSION else self.newest_version - stage.version,
         )
-        self.log("step", self.progress.step, stage=stage.name, epoch=step.epoch, seconds=seconds, **report.metrics())
+        self.log("step", self.position.step, stage=stage.name, epoch=step.epoch, seconds=seconds, **report.metrics())
         loss = sums.loss / sums.tokens
-        logger.info("%s step %d: loss %.4f, grad norm %.2f", stage.name, self.progress.step, loss, norm)
+        logger.info("%s step %d: loss %.4f, grad norm %.2f", stage.name, self.position.step, loss, norm)
         return report.drift
 
     def _micro_batch(self, samples: StageIndex, items: list[int]) -> PackedBatch:
@@ -252,22 +252,22 @@ class Trainer:
         sizes = (len(load_prompt_set(self.run.prompts(split))) for split in ("train", "heldout"))
         return make_plan(self.config, *sizes)
 
-    def _resume(self) -> Progress:
+    def _resume(self) -> Position:
         checkpoint = latest_checkpoint(self.run.checkpoints)
         if checkpoint is None:
-            return Progress()
+            return Position()
         state = read_run_state(checkpoint)
         if state["digest"] != self.config.digest:
             raise UserError(f"{checkpoint}: belongs to another configuration; use another run_directory")
         load_checkpoint(checkpoint, self.student.trainable)
-        progress = Progress.from_state(state["progress"])
-        self._saved_step = progress.step
-        logger.info("resumed from %s: %s", checkpoint, progress)
-        return progress
+        position = Position.from_state(state["progress"])
+        self._saved_step = position.step
+        logger.info("resumed from %s: %s", checkpoint, position)
+        return position
 
     def _checkpoint_if_due(self) -> None:
         interval = self.config.training.checkpoint_interval
-        if interval and self.progress.step % interval == 0:
+        if interval and self.position.step % interval == 0:
             self._checkpoint()
         else:
             self.checkpointer.poll()
@@ -276,16 +276,16 @@ class Trainer:
         # A checkpoint counts the versions before it as published: resumed from, it never publishes them again.
         self.publisher.wait()
         release_unused()
-        state = {"digest": self.config.digest, "progress": self.progress.to_state()}
-        with doing(f"saving a checkpoint of step {self.progress.step}"), turn(self._turn_lock()):
+        state = {"digest": self.config.digest, "progress": self.position.to_state()}
+        with doing(f"saving a checkpoint of step {self.position.step}"), turn(self._turn_lock()):
             started = time.monotonic()
-            self.checkpointer.save(self.progress.step, state)
-        self._saved_step = self.progress.step
+            self.checkpointer.save(self.position.step, state)
+        self._saved_step = self.position.step
         self.log("checkpoint", seconds=time.monotonic() - started)
 
     def _save_and_leave(self, request: stopping.Stopped) -> None:
         """Leave nothing half done: the last step is in the current checkpoint, the last version is visible."""
-        step = self.progress.step
+        step = self.position.step
         logger.info("asked to stop by signal %d: saving everything up to step %d", request.number, step)
         self._settle()
         if step != self._saved_step:
@@ -300,7 +300,7 @@ class Trainer:
             self.publisher.wait()
             self.checkpointer.wait()
         if self.parallel.rank == 0:
-            retire_stages(self.run, self.plan, self.progress.finished, self.config.buffer.keep_rounds)
+            retire_stages(self.run, self.plan, self.position.finished, self.config.buffer.keep_rounds)
         release_unused()
         record = self.memory.record()
         largest = greatest(record.values(), self.parallel)

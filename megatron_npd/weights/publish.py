@@ -28,7 +28,7 @@ from megatron_npd.run_directory import RunDirectory
 from megatron_npd.versions.manifest import ParityProbe
 from megatron_npd.weights.buckets import LARGEST_BUCKET, SMALLEST_BUCKET
 from megatron_npd.weights.completion import AlreadyPublishedError, Target, complete
-from megatron_npd.weights.safetensors_writer import Shard
+from megatron_npd.weights.safetensors_writer import PlannedFile
 from megatron_npd.weights.share import SHARES, Share, write_share
 from megatron_npd.weights.snapshot import Snapshot
 
@@ -99,7 +99,8 @@ class Publisher:
         target = self._open(version)
         self.snapshot.take(parameters)
         files = [
-            (Shard(self._files.name(copy.number), copy.bucket.tensors), copy.data) for copy in self.snapshot.copies
+            (PlannedFile(self._files.name(copy.number), copy.bucket.tensors), copy.data)
+            for copy in self.snapshot.copies
         ]
         share = Share(self.parallel.rank, files, probe)
         self._job = _Job(target, share, self._leads, since, time.monotonic() - since)

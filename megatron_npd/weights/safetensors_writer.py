@@ -36,7 +36,7 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
-class Shard:
+class PlannedFile:
     """One file to write, and its tensors in their order."""
 
     file: str
@@ -54,7 +54,7 @@ class Shard:
         return make_header(listed, {"format": "pt"})
 
 
-def plan_shards(tensors: Sequence[TensorSpec], max_bytes: int) -> list[Shard]:
+def plan_files(tensors: Sequence[TensorSpec], max_bytes: int) -> list[PlannedFile]:
     """Files of at most `max_bytes` of tensors each, in the order given; a larger tensor has a file of its own.
 
     Named as transformers does: model-00001-of-00003.safetensors, or model.safetensors if it is the only one.
@@ -71,11 +71,11 @@ def plan_shards(tensors: Sequence[TensorSpec], max_bytes: int) -> list[Shard]:
     for number, content in enumerate(files, start=1):
         name = f"model-{number:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else "model.safetensors"
         # Wide ones first, for alignment where data types are mixed.
-        shards.append(Shard(name, tuple(sorted(content, key=lambda tensor: -tensor.dtype.itemsize))))
+        shards.append(PlannedFile(name, tuple(sorted(content, key=lambda tensor: -tensor.dtype.itemsize))))
     return shards
 
 
-def is_written(folder: Path, shard: Shard) -> bool:
+def is_written(folder: Path, shard: PlannedFile) -> bool:
     """Whether `folder` has this very file: same header, whole length."""
     path, header = folder / shard.file, shard.header
     if not path.is_file() or path.stat().st_size != len(header) + shard.nbytes:
@@ -84,7 +84,7 @@ def is_written(folder: Path, shard: Shard) -> bool:
         return stream.read(len(header)) == header
 
 
-def write_shard(folder: Path, shard: Shard, tensor: Callable[[str], torch.Tensor]) -> None:
+def write_file(folder: Path, shard: PlannedFile, tensor: Callable[[str], torch.Tensor]) -> None:
     """Write one file durably; it has its name when it is whole. `tensor` gives each when its turn comes."""
     unfinished = folder / f".{shard.file}.tmp"
     with open(unfinished, "wb", buffering=0) as stream:
@@ -100,7 +100,7 @@ def write_shard(folder: Path, shard: Shard, tensor: Callable[[str], torch.Tensor
     fsync_folder(folder)
 
 
-def write_index(folder: Path, shards: Sequence[Shard]) -> None:
+def write_index(folder: Path, shards: Sequence[PlannedFile]) -> None:
     """Say which file holds which tensor; where there is only one, nothing needs to be said."""
     if len(shards) > 1:
         weight_map = {tensor.name: shard.file for shard in shards for tensor in shard.tensors}

@@ -15,7 +15,7 @@ import torch
 
 from megatron_npd.files import fsync_folder, read_json, with_file_name, write_json
 from megatron_npd.versions.manifest import PARITY, ParityProbe, WeightFile
-from megatron_npd.weights.safetensors_writer import Shard
+from megatron_npd.weights.safetensors_writer import PlannedFile
 from megatron_npd.weights.tensor_file import DTYPE_NAMES
 
 SHARES = ".shares"
@@ -29,7 +29,7 @@ class Share:
     """What one rank writes."""
 
     rank: int
-    files: list[tuple[Shard, torch.Tensor]]
+    files: list[tuple[PlannedFile, torch.Tensor]]
     """A safetensors file, and the bytes behind its header: uint8 [shard.nbytes]."""
     probe: ParityProbe | None = None
 
@@ -62,7 +62,7 @@ def read_share(staging: Path, rank: int) -> dict[str, WeightFile] | None:
     return files
 
 
-def write_weights(folder: Path, shard: Shard, data: torch.Tensor) -> WeightFile:
+def write_weights(folder: Path, shard: PlannedFile, data: torch.Tensor) -> WeightFile:
     """Write one safetensors file, durably, hashing on the way what is written."""
     path, header, content = folder / shard.file, shard.header, memoryview(data.numpy())
     digest = hashlib.sha256(header)

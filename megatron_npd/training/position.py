@@ -7,7 +7,7 @@ from typing import Any
 
 
 @dataclass
-class Progress:
+class Position:
     """Counts of what is done. Order of samples and learning rate follow from it, so nothing else is needed."""
 
     step: int = 0
@@ -20,8 +20,8 @@ class Progress:
     """Its steps that are done."""
 
     @classmethod
-    def from_state(cls, state: dict[str, Any]) -> Progress:
-        """The progress a checkpoint was saved with."""
+    def from_state(cls, state: dict[str, Any]) -> Position:
+        """The position a checkpoint was saved with."""
         return cls(**state)
 
     def to_state(self) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 PLAIN_SECONDS = 10.0
+SAMPLE_SECONDS = 0.005
+"""A conversion takes its memory in short peaks: how often it is looked at."""
 
 
 @dataclass(frozen=True)
@@ -19,21 +21,20 @@ class Report:
     nbytes: int
     """Of the tensors written."""
     seconds: float
-    peak_bytes: int | None
-    """Most anonymous memory at one time; None where the system does not say."""
+    peak_bytes: int
+    """Most memory at one time, files that are mapped left out."""
     tensors_found: int
     """Written before an interruption."""
 
     def __str__(self) -> str:
-        memory = "unknown" if self.peak_bytes is None else f"{self.peak_bytes / 1e9:.2f} GB"
         found = f", {self.tensors_found} more were there" if self.tensors_found else ""
         return (
             f"{self.tensors} tensors{found}, {self.nbytes / 1e9:.2f} GB in {self.seconds:.1f} s, "
-            f"{self.nbytes / 1e6 / self.seconds:.0f} MB/s, peak memory beyond the page cache {memory}"
+            f"{self.nbytes / 1e6 / self.seconds:.0f} MB/s, peak memory beyond the page cache {self.peak_bytes / 1e9:.2f} GB"
         )
 
 
-class Progress:
+class ProgressBar:
     """Counts tensors and bytes: a bar where a person watches, else a line now and then."""
 
     def __init__(self, title: str, total_bytes: int):
@@ -59,7 +60,7 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
-    def report(self, peak_bytes: int | None) -> Report:
+    def report(self, peak_bytes: int) -> Report:
         seconds = time.monotonic() - self._started
         return Report(self.tensors, self.nbytes, seconds, peak_bytes, self.tensors_found)
 
