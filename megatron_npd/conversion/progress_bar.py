@@ -28,9 +28,10 @@ class Report:
 
     def __str__(self) -> str:
         found = f", {self.tensors_found} more were there" if self.tensors_found else ""
+        rate, memory = self.nbytes / 1e6 / self.seconds, self.peak_bytes / 1e9
         return (
-            f"{self.tensors} tensors{found}, {self.nbytes / 1e9:.2f} GB in {self.seconds:.1f} s, "
-            f"{self.nbytes / 1e6 / self.seconds:.0f} MB/s, peak memory beyond the page cache {self.peak_bytes / 1e9:.2f} GB"
+            f"{self.tensors} tensors{found}, {self.nbytes / 1e9:.2f} GB in {self.seconds:.1f} s, {rate:.0f} MB/s, "
+            f"peak memory beyond the page cache {memory:.2f} GB"
         )
 
 
