@@ -58,16 +58,36 @@ class RunDirectory:
         """Folder of a published policy version; it exists only when complete."""
         return self.weights / f"v{version:06d}"
 
+    def stages(self, kind: str) -> Path:
+        """Folder of all stages' shards; kind `rollouts` or `samples`."""
+        return self.root / kind
+
+    def stage(self, kind: str, stage: str) -> Path:
+        """Folder of one stage's shards."""
+        return self.stages(kind) / stage
+
     def unit(self, kind: str, stage: str, unit: int) -> Path:
-        """Shard of one unit of work; kind `rollouts` or `samples`."""
-        return self.root / kind / stage / f"unit_{unit:06d}.safetensors"
+        """Shard of one unit of work."""
+        return self.stage(kind, stage) / f"unit_{unit:06d}.safetensors"
+
+    @property
+    def leases(self) -> Path:
+        return self.root / "leases"
+
+    def stage_leases(self, kind: str, stage: str) -> Path:
+        """Folder of the leases of one stage's units."""
+        return self.leases / kind / stage
 
     def lease(self, kind: str, stage: str, unit: int) -> Path:
-        return self.root / "leases" / kind / stage / f"unit_{unit:06d}.json"
+        return self.stage_leases(kind, stage) / f"unit_{unit:06d}.json"
+
+    @property
+    def evaluations(self) -> Path:
+        return self.root / "evaluation"
 
     def evaluation(self, version: int) -> Path:
         """Held-out figures of a published version."""
-        return self.root / "evaluation" / f"v{version:06d}.json"
+        return self.evaluations / f"v{version:06d}.json"
 
     @property
     def checkpoints(self) -> Path:
@@ -77,8 +97,12 @@ class RunDirectory:
         """Where rank 0 of one start writes the address it listens on; `name` is that start's alone."""
         return self.root / "rendezvous" / name
 
+    @property
+    def metrics_folder(self) -> Path:
+        return self.root / "metrics"
+
     def metrics(self, role: str) -> Path:
-        return self.root / "metrics" / f"{role}.jsonl"
+        return self.metrics_folder / f"{role}.jsonl"
 
     def log(self, role: str) -> Path:
         return self.root / "logs" / f"{role}.log"

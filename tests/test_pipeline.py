@@ -95,8 +95,9 @@ def test_exported_student_answers_as_the_trainers_model(finished: Inputs) -> Non
 
 def test_export_is_compared_with_the_very_weights_of_the_checkpoint(finished: Inputs, parallel: Parallel) -> None:
     """Of a float32 run: read into a 16-bit model they would be other weights, and some answers other answers."""
+    from gathering import gather_hugging_face
+
     from megatron_npd.mcore.model import named_parameters
-    from megatron_npd.weights.snapshot import gather_hugging_face
 
     spec = importlib.util.spec_from_file_location("verify_student", VERIFY)
     tool = importlib.util.module_from_spec(spec)

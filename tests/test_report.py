@@ -15,7 +15,7 @@ from matplotlib.collections import PathCollection
 
 from megatron_npd.buffer.plan import Stage, make_plan
 from megatron_npd.buffer.retention import retire_stages
-from megatron_npd.buffer.shards import Shard, concatenate_ragged, write_shard
+from megatron_npd.buffer.shards import Shard, concatenate_ragged, read_shard, write_shard
 from megatron_npd.config import Config
 from megatron_npd.data.prompts import save_prompt_set
 from megatron_npd.errors import UserError
@@ -26,7 +26,8 @@ from megatron_npd.report.plots import plot_histogram, plot_scatter
 from megatron_npd.report.summary import collect_scores, summarise, write_report
 from megatron_npd.run_directory import RunDirectory
 from megatron_npd.schema import ROLLOUT_COLUMNS, TEACHER_VERSION, FinishReason, Verdict
-from megatron_npd.selection.delta_ifd import judge
+from megatron_npd.selection.delta_ifd import DeltaIfd, judge
+from megatron_npd.selection.rules import rule_of
 
 PROMPTS, EOS, TOP_K = 40, 0, 2
 EVIL = "<script>alert('\x1b[2J 5 < 6 & 7')</script>"
@@ -195,7 +196,7 @@ def sample_shard(stage: Stage, unit: int, config: Config) -> Shard:
         "topk_logprobs": np.full((annotated, TOP_K), -1.0, dtype=np.float32),
         "tail_mass": np.full(annotated, 0.2, dtype=np.float32),
     }
-    return Shard("samples", columns, {})
+    return Shard("samples", columns, {"selection": rule_of(config.selection).describe()})
 
 
 def write_metrics(run: RunDirectory, config: Config, clock: Clock) -> None:
@@ -302,16 +303,37 @@ def test_the_page_is_whole_and_escaped(finished: tuple[RunDirectory, Config]) ->
 def test_every_scored_sample_is_drawn(finished: tuple[RunDirectory, Config]) -> None:
     """An axes without its points is easy to make and hard to see in a test of the page."""
     scores = collect_scores(finished[0])
-    figure = plot_scatter(scores, tau=0.8)
+    figure = plot_scatter(scores)
     assert figure is not None
     drawn = [len(c.get_offsets()) for axes in figure.axes for c in axes.collections if isinstance(c, PathCollection)]
     scored = np.isfinite(scores["delta_ifd"])
     assert drawn == [np.sum(scored & (scores["round"] == index)) for index in (0, 1)]
-    histogram = plot_histogram(scores, tau=0.8)
+    histogram = plot_histogram(scores)
     assert histogram is not None
     heights = sum(bar.get_height() for bar in histogram.axes[0].patches)
     outside = re.search(r"(\d+) samples lie outside", histogram.axes[0].get_xlabel())
     assert heights + int(outside.group(1) if outside else 0) == np.sum(scored)
+
+
+def test_bands_are_those_of_the_rule_that_judged(finished: tuple[RunDirectory, Config]) -> None:
+    """Read from the shards: the configuration may say something else by now, and rounds may differ."""
+    run, config = finished
+    stage = make_plan(config, PROMPTS, PROMPTS).stages["round_0001"]
+    for unit in range(stage.units):
+        path = run.unit("samples", stage.name, unit)
+        shard = read_shard(path, "samples")
+        path.unlink()
+        rule = DeltaIfd("loss", 0.5, True).describe()
+        write_shard(path, Shard("samples", shard.columns, {"selection": rule if unit else {}}))  # one of an old version
+    figure, histogram = plot_scatter(collect_scores(run)), plot_histogram(collect_scores(run))
+    assert figure is not None and histogram is not None
+    drawn = [sorted(text.get_text() for text in axes.texts) for axes in figure.axes]
+    assert drawn == [["Δ = 0", "Δ = 0.8"], ["Δ = 0", "Δ = 0.5"]]
+    assert [text.get_text() for text in histogram.axes[0].texts] == ["0", "0.5", "0.8"]
+    text = "\n".join(show(run, stage="round_0001", limit=0))
+    assert text.count("kept: 0 to τ = 0.5 (loss form)") + text.count("kept: by a rule that was not") == PROMPTS
+    settings = summarise(run, config)["settings"]
+    assert (settings["form"], settings["tau"]) == ("loss", 0.5), "of the newest"
 
 
 def test_a_run_that_has_not_begun(started: tuple[RunDirectory, Config]) -> None:
@@ -369,14 +391,15 @@ def test_inspect_prints_what_was_rejected(finished: tuple[RunDirectory, Config])
     text = "\n".join(lines)
     assert "  │ What is" in text and "[user]" not in text, "the last user turn, not the whole template"
     assert "policy v1" in text and "Δ-IFD" in text and "KEPT   " not in text
+    assert text.count("kept: 0 to τ = 0.8 (ppl form)") == 3
     assert any("by the teacher" in line for line in show(run, rejected=True, stage="warmup", limit=1))
 
 
 def test_inspect_shows_a_long_name_whole(finished: tuple[RunDirectory, Config]) -> None:
-    run, config = finished
+    run, _ = finished
     sample = next(json.loads(line) for line in show(run, as_json=True, limit=1))
     for name in ("a name of several words " * 8, "one-word" * 20):
-        title, *_ = "\n".join(_sample_lines(sample | {"prompt_name": name.strip()}, config)).split("\n  teacher")
+        title, *_ = "\n".join(_sample_lines(sample | {"prompt_name": name.strip()}, {})).split("\n  teacher")
         assert name.strip() in " ".join(line.strip("─ ") for line in title.splitlines())
 
 

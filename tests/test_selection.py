@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from megatron_npd.schema import FinishReason, Verdict
-from megatron_npd.selection.delta_ifd import Judgement, ifd, judge
+from megatron_npd.selection.delta_ifd import ifd, judge
+from megatron_npd.selection.rule import Judgement
 
 NLLS = (
     "nll_teacher_conditional",

@@ -24,10 +24,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megatron_npd.buffer.plan import Plan, make_plan
+from megatron_npd.buffer.plan import Plan, plan_of
 from megatron_npd.buffer.shards import CorruptShardError, Shard, read_shard
 from megatron_npd.config import Config, load_config
-from megatron_npd.data.prompts import load_prompt_set
 from megatron_npd.errors import USAGE_STATUS, UserError
 from megatron_npd.files import write_json
 from megatron_npd.run_directory import RunDirectory
@@ -145,7 +144,7 @@ def _judged_shards(run: RunDirectory, plan: Plan) -> list[tuple[int, Shard]]:
 
 
 def _plan(run: RunDirectory, config: Config) -> Plan:
-    return make_plan(config, *(len(load_prompt_set(run.prompts(split))) for split in ("train", "heldout")))
+    return plan_of(run, config)
 
 
 def _vocabulary(config: Config) -> int:

@@ -38,9 +38,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megatron_npd.buffer.plan import Plan, make_plan
+from megatron_npd.buffer.plan import Plan, plan_of
 from megatron_npd.config import Config, load_config
-from megatron_npd.data.prompts import load_prompt_set
 from megatron_npd.errors import USAGE_STATUS, UserError
 from megatron_npd.estimates.phases import (
     CHECKPOINT,
@@ -182,7 +181,7 @@ def finished_run(run: RunDirectory) -> tuple[Config, Plan]:
         raise UserError(f"--of {run.root}: no config.toml in it; must be a run directory")
     config = load_config(run.config)
     try:
-        plan = make_plan(config, *(len(load_prompt_set(run.prompts(split))) for split in ("train", "heldout")))
+        plan = plan_of(run, config)
     except OSError as error:
         raise UserError(f"--of {run.root}: cannot read {error.filename}: {error.strerror}") from None
     if not run.student.is_dir() or not run.evaluation(plan.final_version).is_file():

@@ -34,10 +34,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_npd.buffer.plan import make_plan
+from megatron_npd.buffer.plan import plan_of
 from megatron_npd.buffer.shards import CorruptShardError, read_shard
 from megatron_npd.config import Config, load_config
-from megatron_npd.data.prompts import load_prompt_set
 from megatron_npd.files import read_json
 from megatron_npd.run_directory import RunDirectory
 from megatron_npd.versions.manifest import MANIFEST, published_versions
@@ -181,7 +180,7 @@ def wait_until_gone(mark: str) -> list[tuple[int, str]]:
 def check_buffer(config: Config, outcome: Outcome) -> None:
     """Every sample of the plan is there once, as its stage wants it."""
     run = RunDirectory(Path(config.run_directory))
-    plan = make_plan(config, *(len(load_prompt_set(run.prompts(split))) for split in ("train", "heldout")))
+    plan = plan_of(run, config)
     for stage in plan.training_stages:
         found: Counter[tuple[int, int]] = Counter()
         for unit in range(stage.units):

@@ -91,6 +91,15 @@ def claim(path: Path, lease_seconds: float) -> Lease | None:
     return Lease(path, file)
 
 
+def is_free(path: Path, lease_seconds: float) -> bool:
+    """Whether nobody holds a lease: it is not there, or expired."""
+    try:
+        found = os.stat(path)
+        return filesystem_time(path.parent) - found.st_mtime > lease_seconds
+    except FileNotFoundError:
+        return True
+
+
 def filesystem_time(folder: Path) -> float:
     """Now by the clock that stamps files in `folder`, seconds since the epoch: a file server's is not this host's."""
     with tempfile.TemporaryFile(dir=folder) as probe:

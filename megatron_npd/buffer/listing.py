@@ -16,7 +16,7 @@ _UNIT = re.compile(r"unit_(\d{6})\.safetensors")
 
 def finished_units(run: RunDirectory, kind: str, stage: Stage) -> set[int]:
     """Units of a stage whose shard, of kind `rollouts` or `samples`, is there or was there and is not needed again."""
-    folder = stage_folder(run, kind, stage.name)
+    folder = run.stage(kind, stage.name)
     names = set(_listing(folder))
     if COLLECTED in names:
         return set(range(stage.units))
@@ -33,14 +33,9 @@ def is_finished(run: RunDirectory, kind: str, stage: Stage) -> bool:
     return not unfinished_units(run, kind, stage)
 
 
-def stage_folder(run: RunDirectory, kind: str, stage: str) -> Path:
-    """Folder of a stage's shards."""
-    return run.unit(kind, stage, 0).parent
-
-
 def stage_bytes(run: RunDirectory, kind: str, stage: str) -> int:
     """Bytes a stage's shards take."""
-    folder = stage_folder(run, kind, stage)
+    folder = run.stage(kind, stage)
     return sum(size for name in _listing(folder) if _UNIT.fullmatch(name) and (size := _size(folder / name)))
 
 

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_npd.config import Config
-from megatron_npd.run_directory import HELDOUT_STAGE, WARMUP_STAGE, round_stage
+from megatron_npd.data.prompts import HELDOUT, SPLITS, TRAIN, load_prompt_set
+from megatron_npd.run_directory import HELDOUT_STAGE, WARMUP_STAGE, RunDirectory, round_stage
 from megatron_npd.schema import TEACHER_VERSION
 
 
@@ -78,22 +79,29 @@ class Plan:
         return [stage for stage in self.stages.values() if stage.name != HELDOUT_STAGE]
 
 
+def plan_of(run: RunDirectory, config: Config) -> Plan:
+    """The plan of a prepared run.
+
+    Raises:
+        OSError, ValueError: its prompt sets cannot be read.
+    """
+    return make_plan(config, *(len(load_prompt_set(run.prompts(split))) for split in SPLITS))
+
+
 def make_plan(config: Config, train_prompts: int, heldout_prompts: int) -> Plan:
     """The plan of a run over prompt sets of these sizes."""
     per_unit = config.rollout.samples_per_unit
-    stages = [_stage(HELDOUT_STAGE, "heldout", TEACHER_VERSION, np.arange(heldout_prompts), 1, per_unit)]
+    stages = [_stage(HELDOUT_STAGE, HELDOUT, TEACHER_VERSION, np.arange(heldout_prompts), 1, per_unit)]
     if config.warmup.samples_per_prompt:
         prompts = _prompts_of_warmup(config, train_prompts)
-        stages.append(
-            _stage(WARMUP_STAGE, "train", TEACHER_VERSION, prompts, config.warmup.samples_per_prompt, per_unit)
-        )
+        stages.append(_stage(WARMUP_STAGE, TRAIN, TEACHER_VERSION, prompts, config.warmup.samples_per_prompt, per_unit))
     first = 1 if config.warmup.samples_per_prompt else 0
     for index in range(config.rounds.count):
         prompts = _prompts_of_round(config, train_prompts, index)
         stages.append(
             _stage(
                 round_stage(index),
-                "train",
+                TRAIN,
                 first + index,
                 prompts,
                 config.rounds.samples_per_prompt,

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from megatron_npd.buffer.listing import COLLECTED, stage_bytes, stage_folder
+from megatron_npd.buffer.listing import COLLECTED, stage_bytes
 from megatron_npd.buffer.plan import Plan, Stage
 from megatron_npd.buffer.shards import CorruptShardError, ShardFile
 from megatron_npd.files import read_json, write_json
@@ -33,7 +33,7 @@ def retire_stages(run: RunDirectory, plan: Plan, trained: Iterable[str], keep: i
     """
     done = [stage for stage in plan.training_stages if stage.name in set(trained)]
     for stage in done:
-        marker = stage_folder(run, "samples", stage.name) / TRAINED
+        marker = run.stage("samples", stage.name) / TRAINED
         if not marker.is_file():
             write_json(marker, {"stage": stage.name})
     for stage in done[: max(len(done) - keep, 0)] if keep else []:
@@ -44,12 +44,12 @@ def retire_stages(run: RunDirectory, plan: Plan, trained: Iterable[str], keep: i
 
 def is_trained(run: RunDirectory, stage: str) -> bool:
     """Whether the trainer has left a stage behind for good."""
-    return (stage_folder(run, "samples", stage) / TRAINED).is_file()
+    return (run.stage("samples", stage) / TRAINED).is_file()
 
 
 def collected(run: RunDirectory, kind: str, stage: str) -> dict[str, Any] | None:
     """What a collected stage held: units, samples, bytes, and verdicts {name: count}; None if it is not collected."""
-    path = stage_folder(run, kind, stage) / COLLECTED
+    path = run.stage(kind, stage) / COLLECTED
     return read_json(path) if path.is_file() else None
 
 
@@ -68,7 +68,7 @@ def has_room(run: RunDirectory, plan: Plan, stage: Stage, limit: int) -> bool:
 
 def _collect(run: RunDirectory, kind: str, stage: Stage) -> int:
     """Note what the shards held, then remove them; returns bytes. Goes on where one that was killed stopped."""
-    folder = stage_folder(run, kind, stage.name)
+    folder = run.stage(kind, stage.name)
     size = stage_bytes(run, kind, stage.name)
     if not (folder / COLLECTED).is_file():
         write_json(folder / COLLECTED, _figures(run, kind, stage) | {"bytes": size})

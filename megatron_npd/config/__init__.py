@@ -1,6 +1,6 @@
 """The configuration of a run: its tables and keys, with their defaults and rules. Imported from here."""
 
-from megatron_npd.config.run import Config, LaunchConfig, RolloutConfig, TrainingConfig, load_config
+from megatron_npd.config.run import Config, LaunchConfig, RolloutConfig, SelectionConfig, TrainingConfig, load_config
 from megatron_npd.config.section import Section
 from megatron_npd.config.slurm import SlurmConfig, SlurmRoleConfig
 
@@ -9,6 +9,7 @@ __all__ = [
     "LaunchConfig",
     "RolloutConfig",
     "Section",
+    "SelectionConfig",
     "SlurmConfig",
     "SlurmRoleConfig",
     "TrainingConfig",

@@ -13,6 +13,7 @@ import torch
 
 from megatron_npd.conversion.to_hugging_face import StoredModel
 from megatron_npd.data.prompts import read_chats
+from megatron_npd.data.tokenizer import load_tokenizer
 from megatron_npd.distributed.parallel import Parallel
 from megatron_npd.errors import UserError
 from megatron_npd.files import read_json
@@ -153,11 +154,10 @@ def prompts_from(argument: str, folder: Path) -> Prompts:
 
 
 def _tokenised(path: str, folder: Path) -> Prompts:
-    from transformers import AutoTokenizer
-
     chats = [messages for _, messages in read_chats(path)]
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        return tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=True, return_dict=False)
-    except Exception as error:  # whatever a missing or foreign tokenizer makes the loader raise
+        return load_tokenizer(folder).chat_ids(chats)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a foreign tokenizer makes its loader raise
         raise UserError(f"{folder}: its tokenizer cannot be used on {path}: {error}") from None

@@ -46,7 +46,6 @@ class PackedBatch:
     """
 
     tokens: np.ndarray  # int64 [T]
-    positions: np.ndarray  # int64 [T], of every token inside its own sequence
     cu_seqlens: np.ndarray  # int32 [S + 1] of the WHOLE pack, first 0, last its number of positions
     rows: np.ndarray  # int64 [N], those of the T held that predict a response token
     targets: np.ndarray  # int64 [N]
@@ -111,10 +110,8 @@ def collate(samples: list[TrainingSample], capacity: int, top_k: int, alignment:
         parts = [getattr(sample, name) for sample in samples] or [np.zeros(empty_shape)]
         return np.concatenate(parts).astype(dtype)
 
-    lengths = np.diff(cu_seqlens)
     return PackedBatch(
         tokens=tokens,
-        positions=ranges(np.zeros_like(lengths), lengths),
         cu_seqlens=cu_seqlens,
         rows=rows,
         targets=joined("response_ids", "int64"),

@@ -50,7 +50,6 @@ def context_parallel_share(batch: PackedBatch, rank: int, size: int) -> PackedBa
     return replace(
         batch,
         tokens=batch.tokens[held],
-        positions=batch.positions[held],
         rows=local[batch.rows[kept]],
         targets=batch.targets[kept],
         behaviour_logprobs=batch.behaviour_logprobs[kept],

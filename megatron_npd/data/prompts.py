@@ -16,7 +16,9 @@ import numpy as np
 from megatron_npd.errors import UserError
 from megatron_npd.files import write_atomically
 
-ROLES = ("system", "user", "assistant", "tool")
+TRAIN, HELDOUT = SPLITS = ("train", "heldout")
+"""The prompt sets of a run."""
+SPEAKERS = ("system", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,8 @@ def _parse_line(where: str, line: str, number: int) -> tuple[str, list[dict[str,
     if not isinstance(messages, list) or not messages:
         raise UserError(f'{where}: must be an object with a non-empty list "messages"')
     for message in messages:
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
-            raise UserError(f"{where}: each message needs a role, one of {', '.join(ROLES)}")
+        if not isinstance(message, dict) or message.get("role") not in SPEAKERS:
+            raise UserError(f"{where}: each message needs a role, one of {', '.join(SPEAKERS)}")
         if not isinstance(message.get("content"), str):
             raise UserError(f"{where}: each message needs a string content")
     if messages[-1]["role"] == "assistant":

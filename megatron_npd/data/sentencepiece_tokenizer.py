@@ -57,10 +57,6 @@ class SentencePieceTokenizer:
         return self._named_id("eos_token")
 
     @property
-    def pad_token_id(self) -> int | None:
-        return self._named_id("pad_token")
-
-    @property
     def special_tokens(self) -> frozenset[str]:
         """Texts of the control tokens."""
         return self._special

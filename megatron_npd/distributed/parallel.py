@@ -34,11 +34,6 @@ class Parallel:
     device: str = "cpu"
 
     @property
-    def is_first_stage(self) -> bool:
-        """Whether this rank holds the embedding."""
-        return self.pp_rank == 0
-
-    @property
     def is_last_stage(self) -> bool:
         """Whether this rank computes logits and the loss."""
         return self.pp_rank == self.pp_size - 1

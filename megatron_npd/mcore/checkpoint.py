@@ -40,13 +40,13 @@ from megatron_npd.mcore import optimizer_state
 from megatron_npd.mcore.optimizer import Trainable
 from megatron_npd.process import stopping
 from megatron_npd.process.parent_death import die_with
+from megatron_npd.process.waiting import Reminder
 from megatron_npd.run_directory import CHECKPOINT_STATE as STATE
 from megatron_npd.run_directory import LATEST_CHECKPOINT as LATEST
 
 logger = logging.getLogger(__name__)
 STAGING = ".staging-"
 COMMON = "common.pt"
-SAY_AFTER_SECONDS = 30.0
 
 
 class Checkpointer:
@@ -101,12 +101,10 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Return when the save under way, if any, is current; says so when that takes long."""
-        started = said = time.monotonic()
+        reminder = Reminder()
         while self._calls.get_num_unfinalized_calls():
             self.poll()
-            if time.monotonic() - said > SAY_AFTER_SECONDS:
-                said = time.monotonic()
-                logger.info("waiting for the checkpoint to be written, for %.0f s", said - started)
+            reminder.still("the checkpoint to be written")
             time.sleep(0.01)
 
     def _state_to_save(self) -> dict[str, Any]:

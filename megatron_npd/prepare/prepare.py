@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_npd.config import Config, load_config
-from megatron_npd.data.prompts import save_prompt_set
+from megatron_npd.data.prompts import HELDOUT, TRAIN, save_prompt_set
 from megatron_npd.errors import UserError
 from megatron_npd.files import write_atomically, write_json
 from megatron_npd.prepare.dtype import decide_dtype
@@ -42,8 +42,8 @@ def prepare(config: Config, in_cluster: bool = False) -> RunDirectory:
         inputs = preflight(config)
         config = decide_dtype(config, in_cluster)
         _create(run.root)
-        save_prompt_set(run.prompts("train"), inputs.train.names, inputs.train.token_ids)
-        save_prompt_set(run.prompts("heldout"), inputs.heldout.names, inputs.heldout.token_ids)
+        save_prompt_set(run.prompts(TRAIN), inputs.train.names, inputs.train.token_ids)
+        save_prompt_set(run.prompts(HELDOUT), inputs.heldout.names, inputs.heldout.token_ids)
         write_json(run.provenance, provenance(config))
     # On a resume only what is not part of `Config.identity` can have changed: the roles read it from here.
     text = config.to_toml().encode()

@@ -37,19 +37,31 @@ def wait_for(what: str, look: Callable[[], T | None], poll_seconds: float = 0.2)
 def explained(what: str) -> Iterator[Callable[[], None]]:
     """Say that this process waits: at once, every 30 s as long as the function is called that is yielded, and at the
     end of a wait that took as long."""
-    since = said = time.monotonic()
-
-    def still() -> None:
-        nonlocal said
-        if time.monotonic() - said > SAY_AGAIN_SECONDS:
-            said = time.monotonic()
-            logger.info("still waiting for %s, since %.0f s", what, said - since)
-
+    since, reminder = time.monotonic(), Reminder()
     logger.info("waiting for %s", what)
     with waiting(what):
-        yield still
-    if said > since:
+        yield lambda: reminder.still(what)
+    if reminder.has_said:
         logger.info("waited %.0f s for %s", time.monotonic() - since, what)
+
+
+class Reminder:
+    """Says in the log, every 30 s and only if asked so often, that somebody still waits. For any thread."""
+
+    def __init__(self) -> None:
+        self._since = self._said = time.monotonic()
+
+    @property
+    def has_said(self) -> bool:
+        """Whether it took long enough to be said."""
+        return self._said > self._since
+
+    def still(self, what: str) -> None:
+        """Call again and again while waiting for `what`."""
+        now = time.monotonic()
+        if now - self._said > SAY_AGAIN_SECONDS:
+            self._said = now
+            logger.info("still waiting for %s, since %.0f s", what, now - self._since)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from typing import Any
 from megatron_npd.buffer.plan import Stage, make_plan
 from megatron_npd.buffer.shards import CorruptShardError, Shard, read_shard
 from megatron_npd.config import Config, load_config
-from megatron_npd.data.prompts import load_prompt_set, read_chats
+from megatron_npd.data.prompts import TRAIN, load_prompt_set, read_chats
 from megatron_npd.data.tokenizer import VOCABULARY_FILES, Tokenizer, load_tokenizer
 from megatron_npd.errors import UserError
 from megatron_npd.run_directory import RunDirectory
@@ -35,6 +35,7 @@ NLLS = (
     "nll_student_conditional",
     "nll_student_unconditional",
 )
+JudgedSample = tuple[dict[str, Any], dict[str, Any]]
 SCORES = (*NLLS, "ifd_teacher", "ifd_student", "delta_ifd")
 
 
@@ -77,7 +78,7 @@ def inspect(
     # Rounds first: the teacher's own warm-up responses have no Δ-IFD, and are not what people tune τ from.
     chosen = [stages[stage]] if stage else sorted(stages.values(), key=lambda s: s.version == TEACHER_VERSION)
     samples = islice(_samples(run, config, chosen, wanted), limit or None)
-    return map(_as_json, samples) if as_json else _as_text(samples, config)
+    return (_as_json(sample) for sample, _ in samples) if as_json else _as_text(samples)
 
 
 def _wanted_verdicts(rejected: bool, kept: bool, reason: str | None) -> set[Verdict]:
@@ -93,11 +94,11 @@ def _wanted_verdicts(rejected: bool, kept: bool, reason: str | None) -> set[Verd
     return wanted
 
 
-def _samples(run: RunDirectory, config: Config, stages: list[Stage], wanted: set[Verdict]) -> Iterator[dict[str, Any]]:
-    """Every wanted sample as a flat dictionary of JSON values."""
+def _samples(run: RunDirectory, config: Config, stages: list[Stage], wanted: set[Verdict]) -> Iterator[JudgedSample]:
+    """Every wanted sample as a flat dictionary of JSON values, and how the rule that judged it describes itself."""
     tokenizer = None
     for stage in stages:
-        paths = sorted(run.unit("samples", stage.name, 0).parent.glob("unit_*.safetensors"))
+        paths = sorted(run.stage("samples", stage.name).glob("unit_*.safetensors"))
         prompts = _Prompts(run, config, stage.split)
         for path in paths:
             try:
@@ -108,7 +109,8 @@ def _samples(run: RunDirectory, config: Config, stages: list[Stage], wanted: set
             for row in range(len(shard)):
                 if shard["verdict"][row] in wanted:
                     tokenizer = tokenizer or _load_tokenizer(run, config)
-                    yield _sample(shard, row, stage.name, tokenizer, prompts)
+                    sample = _sample(shard, row, stage.name, tokenizer, prompts)
+                    yield sample, shard.metadata.get("selection", {})
 
 
 def _sample(shard: Shard, row: int, stage: str, tokenizer: Tokenizer, prompts: _Prompts) -> dict[str, Any]:
@@ -134,7 +136,7 @@ class _Prompts:
 
     def __init__(self, run: RunDirectory, config: Config, split: str):
         self._folder = run.prompts(split)
-        self._source = config.prompts.train if split == "train" else config.prompts.heldout
+        self._source = config.prompts.train if split == TRAIN else config.prompts.heldout
         self._names: list[str] | None = None
         self._turns: dict[str, str] = {}
 
@@ -176,16 +178,16 @@ def _as_json(sample: dict[str, Any]) -> str:
     return json.dumps(sample, ensure_ascii=False)
 
 
-def _as_text(samples: Iterator[dict[str, Any]], config: Config) -> Iterator[str]:
+def _as_text(samples: Iterator[JudgedSample]) -> Iterator[str]:
     first = next(samples, None)
     if first is None:
         yield "No such sample (yet)."
         return
     for sample in chain([first], samples):
-        yield from _sample_lines(sample, config)
+        yield from _sample_lines(*sample)
 
 
-def _sample_lines(sample: dict[str, Any], config: Config) -> Iterator[str]:
+def _sample_lines(sample: dict[str, Any], selection: dict[str, Any]) -> Iterator[str]:
     """One sample; no line is wider than WIDTH, but for a prompt's name that is."""
     version = sample["policy_version"]
     title = (
@@ -202,10 +204,8 @@ def _sample_lines(sample: dict[str, Any], config: Config) -> Iterator[str]:
             f"  {model}   NLL with the prompt {_number(conditional)}   without {_number(unconditional)}   "
             f"IFD {_number(sample[f'ifd_{model}'])}"
         )
-    selection = config.selection
-    rule = (
-        f"0 to τ = {selection.tau:g} ({selection.form} form)" if version >= 0 else "whatever it is (the teacher's own)"
-    )
+    rule = selection.get("keeps", "by a rule that was not recorded")
+    rule = rule if version >= 0 else "whatever it is (the teacher's own)"
     yield f"  Δ-IFD  {_number(sample['delta_ifd'], '+')}   kept: {rule}"
     for part in ("prompt", "response"):
         yield f"  {part}"

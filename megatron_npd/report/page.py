@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import io
-import math
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -40,17 +39,17 @@ def render_report(summary: dict[str, Any], records: list[Record], scores: Scores
     Args:
         summary: of `report.summary.summarise`; any value may be None or absent.
         records: metrics of all roles, by time.
-        scores: `ifd_teacher`, `ifd_student`, `delta_ifd` float64 [N], `verdict` uint8 [N], `round` int64 [N].
+        scores: as `report.summary.collect_scores` gives them.
         path: `report.html`; it appears whole or stays as it was.
     """
     settings = summary.get("settings") or {}
-    tau, limit, steps = settings.get("tau", math.nan), settings.get("kl_limit"), distinct_steps(records)
+    limit, steps = settings.get("kl_limit"), distinct_steps(records)
     with matplotlib.rc_context(STYLE):
         plots = [
             ("Held-out KL", READ_HELDOUT, plot_heldout(summary.get("heldout_kl_by_version") or {}, settings)),
             ("Training loss", READ_LOSS, plot_loss(steps)),
-            ("Δ-IFD: what the filter saw", READ_SCATTER, plot_scatter(scores, tau)),
-            ("Δ-IFD: distribution", READ_HISTOGRAM, plot_histogram(scores, tau)),
+            ("Δ-IFD: what the filter saw", READ_SCATTER, plot_scatter(scores)),
+            ("Δ-IFD: distribution", READ_HISTOGRAM, plot_histogram(scores)),
             ("Roles over time", READ_ROLES, plot_roles(records, steps)),
             ("Near-policy drift", READ_DRIFT, plot_drift(steps, limit)),
         ]

@@ -84,7 +84,7 @@ def plot_loss(steps: list[Record]) -> Figure | None:
     return figure
 
 
-def plot_scatter(scores: Scores, tau: float) -> Figure | None:
+def plot_scatter(scores: Scores) -> Figure | None:
     """IFD of student (x) and teacher (y) with the zones, one panel a round; at most the first and the last rounds."""
     finite = np.isfinite(scores["ifd_student"]) & np.isfinite(scores["ifd_teacher"])
     rounds = np.unique(scores["round"][finite])
@@ -103,11 +103,13 @@ def plot_scatter(scores: Scores, tau: float) -> Figure | None:
         shown = np.random.default_rng(0).permutation(rows)[:SCATTER_POINTS]
         colours = [VERDICTS.get(verdict, GREY) for verdict in scores["verdict"][shown]]
         x = np.array([0.0, right])
-        panel.fill_between(x, x, x + tau, color=GREEN, alpha=0.07, linewidth=0)
-        for offset, label in ((0.0, "Δ = 0"), (tau, f"Δ = τ = {tau:g}")):
+        for lowest, highest in _kept_bands(scores, rows):
+            panel.fill_between(x, x + lowest, x + highest, color=GREEN, alpha=0.07, linewidth=0)
+        for offset in _borders(scores, rows):
             panel.plot(x, x + offset, color=INK, linewidth=1, linestyle="-" if offset == 0 else "--")
             end = min(right, top - offset)  # where the line leaves the panel
-            panel.annotate(label, (0.9 * end, 0.9 * end + offset), (-4, 2), textcoords="offset points", ha="right")
+            place = (0.9 * end, 0.9 * end + offset)
+            panel.annotate(f"Δ = {offset:g}", place, (-4, 2), textcoords="offset points", ha="right")
         panel.scatter(
             scores["ifd_student"][shown],
             scores["ifd_teacher"][shown],
@@ -123,14 +125,26 @@ def plot_scatter(scores: Scores, tau: float) -> Figure | None:
     return figure
 
 
-def plot_histogram(scores: Scores, tau: float) -> Figure | None:
+def _kept_bands(scores: Scores, rows: np.ndarray) -> list[tuple[float, float]]:
+    """The bands of Δ-IFD that were kept where these samples were judged: rounds may have had several rules."""
+    bands = np.stack([scores["lowest_kept"][rows], scores["highest_kept"][rows]], axis=1)
+    return [(float(low), float(high)) for low, high in np.unique(bands[np.isfinite(bands).all(axis=1)], axis=0)]
+
+
+def _borders(scores: Scores, rows: np.ndarray) -> list[float]:
+    """0, which means something by itself, and the ends of the bands; ascending."""
+    return sorted({0.0, *(end for band in _kept_bands(scores, rows) for end in band)})
+
+
+def plot_histogram(scores: Scores) -> Figure | None:
     """Δ-IFD of every scored sample, stacked by verdict."""
     finite = np.isfinite(scores["delta_ifd"])
     delta, verdicts = scores["delta_ifd"][finite], scores["verdict"][finite]
     if not len(delta):
         return None
     low, high = np.quantile(delta, [0.005, 0.99])
-    low, high = min(low, -0.1), max(high, 1.1 * tau if tau > 0 else 0.1)
+    borders = _borders(scores, np.flatnonzero(finite))
+    low, high = min(low, -0.1), max(high, 1.1 * borders[-1] if borders[-1] > 0 else 0.1)
     width = (high - low) / min(60, 15 + len(delta) // 20)
     edges = width * np.arange(np.floor(low / width), np.ceil(high / width) + 1)  # 0 is one of them
     outside = int(np.sum((delta < edges[0]) | (delta > edges[-1])))
@@ -138,9 +152,9 @@ def plot_histogram(scores: Scores, tau: float) -> Figure | None:
     groups.append((GREY, delta[~np.isin(verdicts, list(VERDICTS))]))
     figure, axes = _axes(3.2, "Δ-IFD" + (f"  ({outside:,} samples lie outside)" if outside else ""), "samples")
     axes.hist([part for _, part in groups], bins=edges, stacked=True, color=[colour for colour, _ in groups])
-    for value, label in ((0.0, "0"), (tau, "τ")):
+    for value in borders:
         axes.axvline(value, color=INK, linewidth=1, linestyle="-" if value == 0 else "--")
-        axes.annotate(label, (value, 1), (4, -2), xycoords=("data", "axes fraction"), textcoords="offset points")
+        axes.annotate(f"{value:g}", (value, 1), (4, -2), xycoords=("data", "axes fraction"), textcoords="offset points")
     _verdict_legend(figure, verdicts)
     return figure
 

@@ -25,10 +25,9 @@ from typing import Any
 
 from megatron_npd.buffer.leases import filesystem_time
 from megatron_npd.buffer.listing import finished_units
-from megatron_npd.buffer.plan import Stage, make_plan
+from megatron_npd.buffer.plan import Stage, make_plan, plan_of
 from megatron_npd.buffer.retention import KINDS, collected
 from megatron_npd.config import Config, load_config
-from megatron_npd.data.prompts import load_prompt_set
 from megatron_npd.errors import UserError
 from megatron_npd.files import read_json
 from megatron_npd.process.heartbeat import QUIET_SECONDS, Sign, read_signs
@@ -91,20 +90,19 @@ def _process(sign: Sign, now: float) -> dict[str, Any]:
 
 def _stages(run: RunDirectory, config: Config, point: ResumePoint | None, now: float) -> list[dict[str, Any]]:
     try:
-        sizes = [len(load_prompt_set(run.prompts(split))) for split in ("train", "heldout")]
-    except (OSError, ValueError):
-        sizes = None
-    stages = make_plan(config, *(sizes or (1, 1))).stages.values()
+        plan, is_known = plan_of(run, config), True
+    except (OSError, ValueError):  # the names of its stages are known all the same
+        plan, is_known = make_plan(config, 1, 1), False
     return [
         {
             "name": stage.name,
-            "units": stage.units if sizes else None,
+            "units": stage.units if is_known else None,
             "rolled_out": len(finished_units(run, "rollouts", stage)),
             "annotated": len(finished_units(run, "samples", stage)),
             "state": _stage_state(run, stage, point),
             "leases": list(_leases(run, stage, now)),
         }
-        for stage in stages
+        for stage in plan.stages.values()
     ]
 
 
@@ -120,7 +118,7 @@ def _stage_state(run: RunDirectory, stage: Stage, point: ResumePoint | None) -> 
 
 def _leases(run: RunDirectory, stage: Stage, now: float) -> Iterator[dict[str, Any]]:
     for kind in KINDS:
-        for path in sorted(run.lease(kind, stage.name, 0).parent.glob("unit_*.json")):
+        for path in sorted(run.stage_leases(kind, stage.name).glob("unit_*.json")):
             try:
                 holder, age = read_json(path), now - path.stat().st_mtime
                 yield {
@@ -164,4 +162,4 @@ def _failures(run: RunDirectory) -> dict[str, Any]:
 
 def _quarantined(run: RunDirectory) -> Iterator[Path]:
     for kind in KINDS:
-        yield from run.unit(kind, HELDOUT_STAGE, 0).parents[1].glob("*/*.quarantined")
+        yield from run.stages(kind).glob("*/*.quarantined")

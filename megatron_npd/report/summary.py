@@ -21,6 +21,7 @@ Keys of `summarise`, in nats a token, seconds and tokens unless said otherwise:
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import math
@@ -30,11 +31,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from megatron_npd.buffer.plan import make_plan
 from megatron_npd.buffer.retention import collected
-from megatron_npd.buffer.shards import CorruptShardError, count_samples
+from megatron_npd.buffer.shards import CorruptShardError, ShardFile, count_samples
 from megatron_npd.config import Config
 from megatron_npd.files import read_json, write_json
 from megatron_npd.process.metrics import busy_span, read_metrics
@@ -48,7 +48,8 @@ logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 SCORES = {"ifd_teacher": "float64", "ifd_student": "float64", "delta_ifd": "float64"}
-SCORES |= {"verdict": "uint8", "policy_version": "int32", "round": "int64"}
+SCORES |= {"verdict": "uint8", "policy_version": "int32"}
+OF_SHARD = {"round": "int64", "lowest_kept": "float64", "highest_kept": "float64"}
 
 
 def write_report(run: RunDirectory, config: Config) -> dict[str, Any]:
@@ -76,7 +77,7 @@ def summarise(run: RunDirectory, config: Config) -> dict[str, Any]:
         "attention_backend": starts[-1].get("attention_backend") if starts else None,
         "versions": provenance.get("packages"),
         "git_commit": provenance.get("git_commit"),
-        "settings": _settings(config),
+        "settings": _settings(config, _selection(run)),
     }
     return _json_value(summary)
 
@@ -85,18 +86,18 @@ def collect_scores(run: RunDirectory) -> dict[str, np.ndarray]:
     """Scores of every judged sample of the rounds, in no particular order.
 
     Returns:
-        One array [N] for each name and dtype of SCORES; `round` counts from 0.
+        One array [N] for each name and dtype of SCORES and OF_SHARD; `round` counts from 0, and Δ-IFD from
+        `lowest_kept` to `highest_kept` is what the rule kept that judged a sample (NaN: not a band, or not recorded).
     """
-    parts: dict[str, list[np.ndarray]] = {name: [np.zeros(0, dtype)] for name, dtype in SCORES.items()}
-    for index in itertools.count():
-        folder = run.unit("samples", round_stage(index), 0).parent
-        if not folder.is_dir():
-            break
-        for path in sorted(folder.glob("unit_*.safetensors")):
-            columns = _read_columns(path, SCORES.keys() - {"round"})
+    parts: dict[str, list[np.ndarray]] = {name: [np.zeros(0, dtype)] for name, dtype in (SCORES | OF_SHARD).items()}
+    for index, paths in enumerate(_judged_rounds(run)):
+        for path in paths:
+            columns, selection = _read_columns(path, SCORES)
             for name, column in columns.items():
                 parts[name].append(column)
-            parts["round"].append(np.full(len(columns.get("verdict", ())), index, dtype=np.int64))
+            lowest, highest = selection.get("band") or (math.nan, math.nan)
+            for name, value in zip(OF_SHARD, (index, lowest, highest), strict=True):
+                parts[name].append(np.full(len(columns.get("verdict", ())), value, dtype=OF_SHARD[name]))
     return {name: np.concatenate(columns) for name, columns in parts.items()}
 
 
@@ -117,8 +118,8 @@ def _rollouts(run: RunDirectory) -> dict[str, Any]:
         np.concatenate(
             [np.zeros(0, np.uint8)]
             + [
-                _read_columns(path, ("verdict",)).get("verdict", np.zeros(0, np.uint8))
-                for path in sorted(run.unit("samples", WARMUP_STAGE, 0).parent.glob("unit_*.safetensors"))
+                _read_columns(path, ("verdict",))[0].get("verdict", np.zeros(0, np.uint8))
+                for path in sorted(run.stage("samples", WARMUP_STAGE).glob("unit_*.safetensors"))
             ]
         ),
     )
@@ -131,6 +132,20 @@ def _rollouts(run: RunDirectory) -> dict[str, Any]:
         "warmup_responses": _generated(run, WARMUP_STAGE),
         "warmup_kept": warmup["kept"],
     }
+
+
+def _selection(run: RunDirectory) -> dict[str, Any]:
+    """What the selection rule says of itself that judged the newest shard of a round; {} where there is none."""
+    newest_first = (path for paths in reversed(_judged_rounds(run)) for path in reversed(paths))
+    return next((selection for path in newest_first if (selection := _read_columns(path, ())[1])), {})
+
+
+def _judged_rounds(run: RunDirectory) -> list[list[Path]]:
+    """The shards of samples of every round that has a folder for them, by unit."""
+    rounds = []
+    while (folder := run.stage("samples", round_stage(len(rounds)))).is_dir():
+        rounds.append(sorted(folder.glob("unit_*.safetensors")))
+    return rounds
 
 
 def _judged(run: RunDirectory, stage: str, verdicts: np.ndarray) -> dict[str, Any]:
@@ -164,7 +179,7 @@ def _generated(run: RunDirectory, stage: str) -> int | None:
     if figures := collected(run, "rollouts", stage):
         return figures["samples"]
     total = None
-    for path in run.unit("rollouts", stage, 0).parent.glob("unit_*.safetensors"):
+    for path in run.stage("rollouts", stage).glob("unit_*.safetensors"):
         try:
             total = (total or 0) + count_samples(path, "rollouts")
         except CorruptShardError as error:
@@ -190,7 +205,7 @@ def _training(records: list[Record]) -> dict[str, Any]:
 def _heldout(run: RunDirectory, config: Config) -> dict[str, Any]:
     """Held-out KL by version, and at the three points a reader asks for."""
     plan = make_plan(config, train_prompts=1, heldout_prompts=1)
-    files = map(_json_or_empty, run.evaluation(0).parent.glob("v*.json"))
+    files = map(_json_or_empty, run.evaluations.glob("v*.json"))
     evaluations = [entry for entry in files if "version" in entry]
     by_version = {entry["version"]: entry for entry in sorted(evaluations, key=lambda entry: entry["version"])}
     kl = {version: _number(entry, "heldout_kl") for version, entry in by_version.items()}
@@ -247,7 +262,7 @@ def _publishing(records: list[Record]) -> dict[str, Any] | None:
     return {str(record["version"]): {key: _number(record, key) for key in keys} for record in published} or None
 
 
-def _settings(config: Config) -> dict[str, Any]:
+def _settings(config: Config, selection: dict[str, Any]) -> dict[str, Any]:
     return {
         "teacher": config.models.teacher,
         "student": config.models.student,
@@ -260,8 +275,8 @@ def _settings(config: Config) -> dict[str, Any]:
         **{f"rounds_{name}": value for name, value in config.rounds.model_dump().items()},
         "max_new_tokens": config.rollout.max_new_tokens,
         "temperature": config.rollout.temperature,
-        "form": config.selection.form,
-        "tau": config.selection.tau,
+        "form": selection.get("form", config.selection.form),
+        "tau": selection.get("tau", config.selection.tau),
         "top_k": config.annotator.top_k,
         "tail": config.training.tail,
         "kd_lambda": config.training.kd_lambda,
@@ -274,20 +289,21 @@ def _settings(config: Config) -> dict[str, Any]:
 
 
 def _records(run: RunDirectory) -> list[Record]:
-    return [record for record in read_metrics(run.metrics(TRAINER).parent) if "role" in record and "event" in record]
+    return [record for record in read_metrics(run.metrics_folder) if "role" in record and "event" in record]
 
 
-def _read_columns(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
-    """A few columns of a shard without reading the rest (the annotation is most of it); {} if it is not readable.
+def _read_columns(path: Path, names: Iterable[str]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """A few columns of a shard of samples without reading the rest (the annotation is most of it), and what its
+    selection rule said of itself; both empty if it is not readable.
 
     The checksum covers the whole file and is not looked at: a report never renames what others work on.
     """
     try:
-        with safe_open(path, framework="numpy") as shard:
-            return {name: shard.get_tensor(name) for name in names}
-    except (SafetensorError, OSError) as error:
-        logger.warning("left out of the report: %s (%s)", path, error)
-        return {}
+        with contextlib.closing(ShardFile(path, "samples")) as shard:
+            return {name: shard[name] for name in names}, shard.metadata.get("selection", {})
+    except CorruptShardError as error:
+        logger.warning("left out of the report: %s", error)
+        return {}, {}
 
 
 def _json_or_empty(path: Path) -> dict[str, Any]:

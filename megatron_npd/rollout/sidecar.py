@@ -14,18 +14,16 @@ from pathlib import Path
 import numpy as np
 
 from megatron_npd.buffer.listing import is_finished
-from megatron_npd.buffer.plan import Plan, Stage, make_plan, sampling_seed
+from megatron_npd.buffer.plan import Stage, sampling_seed
 from megatron_npd.buffer.retention import has_room
+from megatron_npd.buffer.role_context import RoleContext
 from megatron_npd.buffer.shards import Shard, concatenate_ragged, write_shard
 from megatron_npd.buffer.work import take_units
 from megatron_npd.config import Config
-from megatron_npd.data.prompts import PromptSet, load_prompt_set
-from megatron_npd.hardware.device import device_peak_bytes
 from megatron_npd.models.hf_config import eos_token_ids
 from megatron_npd.process.activity import doing
-from megatron_npd.process.memory import PeakMemory, release_unused, steady_heap
-from megatron_npd.process.metrics import Metrics, metrics_file, process_seconds
-from megatron_npd.process.waiting import turn, turn_lock, wait_for
+from megatron_npd.process.memory import release_unused
+from megatron_npd.process.waiting import wait_for
 from megatron_npd.roles import SIDECAR, TEACHER
 from megatron_npd.rollout.parity import Parity, check_parity
 from megatron_npd.run_directory import RunDirectory
@@ -40,15 +38,16 @@ logger = logging.getLogger(__name__)
 class Sidecar:
     """What the functions below share."""
 
-    config: Config
-    run: RunDirectory
-    prompts: dict[str, PromptSet]
-    plan: Plan
+    context: RoleContext
     stop_ids: list[int]
-    metrics: Metrics
-    memory: PeakMemory
-    import_seconds: float
-    lock: Path | None
+
+    @property
+    def config(self) -> Config:
+        return self.context.config
+
+    @property
+    def run(self) -> RunDirectory:
+        return self.context.run
 
     def undone(self, stage: Stage) -> bool:
         """Whether a unit of the stage is missing."""
@@ -63,7 +62,9 @@ def run(config: Config, policy: str) -> None:
         ParityError: the engine's logprobs are not the trainer's.
         RolloutError: the engine failed.
     """
-    sidecar = _prepare(config, SIDECAR[policy])
+    context = RoleContext(config, SIDECAR[policy])
+    context.open_metrics()
+    sidecar = Sidecar(context, eos_token_ids(config.models.student))
     if policy == TEACHER:
         _run_teacher(sidecar)
     else:
@@ -72,47 +73,23 @@ def run(config: Config, policy: str) -> None:
 
 
 def _run_teacher(sidecar: Sidecar) -> None:
-    stages = [stage for stage in sidecar.plan.teacher_stages if sidecar.undone(stage)]
+    stages = [stage for stage in sidecar.context.plan.teacher_stages if sidecar.undone(stage)]
     if not stages:
         return
     engine = _start_engine(sidecar, Path(sidecar.config.models.teacher), TEACHER_VERSION)
     for stage in stages:
-        _work_off(sidecar, engine, stage)
+        _generate_stage(sidecar, engine, stage)
 
 
 def _run_student(sidecar: Sidecar) -> None:
     engine = None
-    for stage in sidecar.plan.round_stages:
+    for stage in sidecar.context.plan.round_stages:
         if not sidecar.undone(stage):
             logger.info("%s is complete already", stage.name)
             continue
         engine = engine or _start_on_published(sidecar, stage.version)
         _reach_version(sidecar, engine, stage.version)
-        _work_off(sidecar, engine, stage)
-
-
-def _prepare(config: Config, role: str) -> Sidecar:
-    steady_heap()
-    run = RunDirectory(Path(config.run_directory))
-    prompts = {split: _wait_for_prompts(config, run.prompts(split)) for split in ("train", "heldout")}
-    return Sidecar(
-        config=config,
-        run=run,
-        prompts=prompts,
-        plan=make_plan(config, len(prompts["train"]), len(prompts["heldout"])),
-        stop_ids=eos_token_ids(config.models.student),
-        metrics=Metrics(metrics_file(run, role), role=role),
-        memory=PeakMemory(device_peak_bytes),
-        import_seconds=process_seconds(),
-        lock=turn_lock(config, run),
-    )
-
-
-def _wait_for_prompts(config: Config, folder: Path) -> PromptSet:
-    """A prompt set, once its last file is there."""
-    names = folder / "names.txt"
-    wait_for(f"tokenised prompts in {folder}", lambda: names.is_file() or None, config.launch.poll_seconds)
-    return load_prompt_set(folder)
+        _generate_stage(sidecar, engine, stage)
 
 
 def _start_on_published(sidecar: Sidecar, wanted: int) -> RolloutEngine:
@@ -133,7 +110,7 @@ def _start_engine(sidecar: Sidecar, folder: Path, version: int) -> RolloutEngine
         engine = RolloutEngine(folder, version, config.rollout, models.dtype, longest, models.trust_remote_code)
         parity = None if version == TEACHER_VERSION else check_parity(engine, read_parity_probe(folder), config.rollout)
     seconds = time.monotonic() - since
-    _report(sidecar, "start", engine, parity, seconds, import_seconds=sidecar.import_seconds)
+    _report(sidecar, "start", engine, parity, seconds, import_seconds=sidecar.context.import_seconds)
     return engine
 
 
@@ -143,7 +120,7 @@ def _reach_version(sidecar: Sidecar, engine: RolloutEngine, wanted: int) -> None
         return
     folder = sidecar.run.version(wanted)
     wait_for(f"policy version {wanted}", lambda: folder.is_dir() or None, sidecar.config.launch.poll_seconds)
-    with doing(f"moving to version {wanted}"), engine.stage(folder, wanted) as staged, turn(sidecar.lock):
+    with doing(f"moving to version {wanted}"), engine.stage(folder, wanted) as staged, sidecar.context.turn():
         since = time.monotonic()
         engine.refresh(staged)
         parity = check_parity(engine, staged.probe, sidecar.config.rollout)
@@ -152,17 +129,17 @@ def _reach_version(sidecar: Sidecar, engine: RolloutEngine, wanted: int) -> None
     _report(sidecar, "refresh", engine, parity, stall, **figures)
 
 
-def _work_off(sidecar: Sidecar, engine: RolloutEngine, stage: Stage) -> None:
+def _generate_stage(sidecar: Sidecar, engine: RolloutEngine, stage: Stage) -> None:
     """Generate the units of a stage that nobody else does."""
     for unit in take_units(sidecar.run, sidecar.config, "rollouts", stage):
         _wait_for_room(sidecar, stage)
-        with doing(f"generating {stage.name}, unit {unit + 1} of {stage.units}"), turn(sidecar.lock):
+        with doing(f"generating {stage.name}, unit {unit + 1} of {stage.units}"), sidecar.context.turn():
             since = time.monotonic()
             shard = _generate_unit(sidecar, engine, stage, unit)
             write_shard(sidecar.run.unit("rollouts", stage.name, unit), shard)
         _report_unit(sidecar, stage, shard, unit, time.monotonic() - since)
         release_unused()
-        sidecar.metrics.log("memory", **sidecar.memory.record())
+        sidecar.context.log("memory", **sidecar.context.memory.record())
 
 
 def _wait_for_room(sidecar: Sidecar, stage: Stage) -> None:
@@ -170,14 +147,14 @@ def _wait_for_room(sidecar: Sidecar, stage: Stage) -> None:
     gib = sidecar.config.buffer.max_gib
 
     def look() -> bool | None:
-        return has_room(sidecar.run, sidecar.plan, stage, int(gib * 2**30)) or None
+        return has_room(sidecar.run, sidecar.context.plan, stage, int(gib * 2**30)) or None
 
     if not look():
         wait_for(f"the shards to take less than buffer.max_gib = {gib}", look, sidecar.config.launch.poll_seconds)
 
 
 def _generate_unit(sidecar: Sidecar, engine: RolloutEngine, stage: Stage, unit: int) -> Shard:
-    rows, prompts, rollout = stage.rows(unit), sidecar.prompts[stage.split], sidecar.config.rollout
+    rows, prompts, rollout = stage.rows(unit), sidecar.context.prompts[stage.split], sidecar.config.rollout
     identities = list(zip(stage.prompt_index[rows].tolist(), stage.sample_index[rows].tolist(), strict=True))
     requests = [
         Request(
@@ -222,7 +199,7 @@ def _report(
     """Log and record that the engine serves a version, `event` start or refresh."""
     if parity:
         figures |= {"parity_mean": parity.mean, "parity_max": parity.max}
-    sidecar.metrics.log(event, version=engine.version, seconds=seconds, **figures)
+    sidecar.context.log(event, version=engine.version, seconds=seconds, **figures)
     served = "the teacher" if engine.version == TEACHER_VERSION else f"version {engine.version}"
     agreement = (
         f"; differs from the trainer by {parity.mean:.2g} nats a token, at most {parity.max:.2g}" if parity else ""
@@ -233,7 +210,7 @@ def _report(
 def _report_unit(sidecar: Sidecar, stage: Stage, shard: Shard, unit: int, seconds: float) -> None:
     samples, tokens = len(shard), len(shard["response_ids"])
     finished = float(np.mean(shard["finish_reason"] == FinishReason.STOP))
-    sidecar.metrics.log(
+    sidecar.context.log(
         "unit",
         stage=stage.name,
         unit=unit,

@@ -15,28 +15,53 @@ For a model m, prompt x and response y, with NLLs that are means over the same r
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import numpy as np
 
 from megatron_npd.schema import FinishReason, Verdict
+from megatron_npd.selection.rule import Judgement, Nlls, Responses
 
 IfdForm = Literal["ppl", "loss"]
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """Scores and verdicts of N samples, in the order they were given."""
+class DeltaIfd:
+    """The rule of the paper: 0 ≤ Δ-IFD ≤ τ; see `judge`."""
 
-    ifd_teacher: np.ndarray
-    """float64 [N]; NaN or infinite where it is undefined, never replaced by a number."""
-    ifd_student: np.ndarray
-    """float64 [N], the same."""
-    delta_ifd: np.ndarray
-    """float64 [N], ifd_teacher - ifd_student."""
-    verdict: np.ndarray
-    """uint8 [N], `schema.Verdict`."""
+    form: IfdForm
+    tau: float
+    reject_truncated: bool
+
+    def needs_no_score(self, responses: Responses) -> np.ndarray:
+        reasons = rejections_without_scores(
+            responses.lengths, responses.finish_reasons, responses.out_of_vocabulary, self.reject_truncated
+        )
+        return np.logical_or.reduce([applies for _, applies in reasons])
+
+    def judge(self, responses: Responses, nlls: Nlls) -> Judgement:
+        return judge(
+            nlls.teacher_conditional,
+            nlls.teacher_unconditional,
+            nlls.student_conditional,
+            nlls.student_unconditional,
+            responses.lengths,
+            responses.finish_reasons,
+            responses.out_of_vocabulary,
+            form=self.form,
+            tau=self.tau,
+            reject_truncated=self.reject_truncated,
+            by_delta=not responses.by_teacher,
+        )
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "rule": "delta_ifd",
+            **asdict(self),
+            "keeps": f"0 to τ = {self.tau:g} ({self.form} form)",
+            "band": [0.0, self.tau],
+        }
 
 
 def ifd(nll_conditional: np.ndarray, nll_unconditional: np.ndarray, form: IfdForm) -> np.ndarray:

@@ -28,7 +28,7 @@ _UNFINISHED = re.compile(r"\..+\.tmp|\.staging-.+|\..+\.expired\..+")
 def return_stale_leases(run: RunDirectory) -> int:
     """Remove the leases of this machine's dead processes, and of those that have become silent; returns how many."""
     returned = 0
-    paths = sorted(run.lease("any", "stage", 0).parents[2].glob("*/*/unit_*.json"))
+    paths = sorted(run.leases.glob("*/*/unit_*.json"))
     silent = _silent(run) if paths else set()
     for path in paths:
         if _is_stale(path, silent):

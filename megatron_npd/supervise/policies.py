@@ -19,9 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_npd.buffer.listing import is_finished
-from megatron_npd.buffer.plan import Plan, make_plan
+from megatron_npd.buffer.plan import Plan, plan_of
 from megatron_npd.config import Config
-from megatron_npd.data.prompts import load_prompt_set
 from megatron_npd.process.parent_death import die_with
 from megatron_npd.roles import ROLLOUT, STUDENT, TEACHER
 from megatron_npd.run_directory import RunDirectory
@@ -35,7 +34,7 @@ logger = logging.getLogger(__name__)
 def sample_both(config: Config) -> int:
     """Sample all that either policy has to sample in this run; returns the status of a process that failed, or 0."""
     run = RunDirectory(Path(config.run_directory))
-    plan = make_plan(config, len(load_prompt_set(run.prompts("train"))), len(load_prompt_set(run.prompts("heldout"))))
+    plan = plan_of(run, config)
     while (policy := next_policy(run, plan)) is not None:
         with _sidecar(run, policy) as process:
             logger.info("sampling with the %s: process %d", policy, process.pid)

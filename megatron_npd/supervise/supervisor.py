@@ -17,9 +17,8 @@ from pathlib import Path
 from types import FrameType
 
 from megatron_npd.buffer.leases import filesystem_time
-from megatron_npd.buffer.plan import Plan, make_plan
+from megatron_npd.buffer.plan import Plan, plan_of
 from megatron_npd.config import Config, LaunchConfig
-from megatron_npd.data.prompts import load_prompt_set
 from megatron_npd.hardware.device import unused_gpus
 from megatron_npd.models.hf_config import read_model_dims
 from megatron_npd.prepare.dtype import describe_dtype
@@ -55,12 +54,15 @@ def supervise(config: Config, conclude: Callable[[RunDirectory, Config, Callable
             another supervisor works in this run directory.
     """
     run = RunDirectory(Path(config.run_directory))
-    is_new = not run.config.is_file()
-    prepare(config) if is_new else check_directory(run, config)
+    # Checked before the lock is taken, so that a refusal names the input and not the other supervisor.
+    if run.config.is_file():
+        check_directory(run, config)
+    else:
+        prepare(config)
     with only_supervisor(run), tempfile.TemporaryDirectory(prefix="npd_") as scratch:
-        # Until now another supervisor may have worked here: nothing of its directory was to change, and it may have
-        # made the new one for another configuration.
-        check_directory(run, config) if is_new else prepare(config)
+        # Until now another supervisor may have worked here: its directory was not to change, and if both made a new one
+        # it may be of another configuration. What was prepared by now is only checked again.
+        prepare(config)
         config = as_prepared(config)
         need = check_machine(config, read_model_dims(config.models.teacher), read_model_dims(config.models.student))
         console = Console(run.log(SUPERVISOR))
@@ -75,7 +77,7 @@ def supervise(config: Config, conclude: Callable[[RunDirectory, Config, Callable
 
 def watch_run(run: RunDirectory, config: Config, console: Console, roles_of_plan: Callable[[Plan], list[Role]]) -> int:
     """`watch` the roles of a prepared run, of which this is the one supervisor."""
-    plan = make_plan(config, len(load_prompt_set(run.prompts("train"))), len(load_prompt_set(run.prompts("heldout"))))
+    plan = plan_of(run, config)
     journal = Journal(run)
     progress = Progress(run, plan, journal)
     console.say(f"run directory {run.root}")

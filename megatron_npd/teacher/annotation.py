@@ -15,15 +15,16 @@ import numpy as np
 from megatron_npd.buffer.shards import Shard, concatenate_ragged
 from megatron_npd.config import Config
 from megatron_npd.schema import Verdict
-from megatron_npd.selection.delta_ifd import judge, rejections_without_scores
-from megatron_npd.teacher.prefill import Annotation, Pair, PrefillModel
+from megatron_npd.selection.rule import Nlls, Responses
+from megatron_npd.selection.rules import rule_of
+from megatron_npd.teacher.scorer import Annotation, Pair, Scorer
 
 
 def annotate_shard(
     shard: Shard,
     config: Config,
-    teacher: PrefillModel,
-    student: PrefillModel | None,
+    teacher: Scorer,
+    student: Scorer | None,
     prefix: np.ndarray,
     end_tokens: frozenset[int],
     vocabulary: int,
@@ -42,9 +43,9 @@ def annotate_shard(
     length, count = config.annotator.pack_length, len(shard)
     unknown = np.array([_has_unknown_id(shard, row, vocabulary) for row in range(count)], dtype=bool)
     content = np.array([_content_length(shard.response(row), end_tokens) for row in range(count)])
-    reject_truncated = config.selection.reject_truncated
-    rejections = rejections_without_scores(content, shard["finish_reason"], unknown, reject_truncated)
-    scored = ~np.logical_or.reduce([applies for _, applies in rejections])
+    rule = rule_of(config.selection)
+    known = Responses(content, shard["finish_reason"], unknown, by_teacher=student is None)
+    scored = ~rule.needs_no_score(known)
     # Passed as empty, what is not scored costs nothing.
     responses = [shard.response(row) if scored[row] else np.zeros(0, np.int32) for row in range(count)]
     conditional: list[Pair] = [(shard.prompt(row), responses[row]) for row in range(count)]
@@ -58,25 +59,14 @@ def annotate_shard(
     student_conditional = _behaviour_nll(shard, scored) if student else missing
     student_unconditional = student.mean_nll(unconditional, length) if student else missing
 
-    judgement = judge(
-        teacher_conditional,
-        teacher_unconditional,
-        student_conditional,
-        student_unconditional,
-        content,
-        shard["finish_reason"],
-        unknown,
-        form=config.selection.form,
-        tau=config.selection.tau,
-        reject_truncated=reject_truncated,
-        by_delta=student is not None,
-    )
+    nlls = Nlls(teacher_conditional, teacher_unconditional, student_conditional, student_unconditional)
+    judgement = rule.judge(known, nlls)
     columns = {
         **shard.columns,
-        "nll_teacher_conditional": teacher_conditional,
-        "nll_teacher_unconditional": teacher_unconditional,
-        "nll_student_conditional": student_conditional,
-        "nll_student_unconditional": student_unconditional,
+        "nll_teacher_conditional": nlls.teacher_conditional,
+        "nll_teacher_unconditional": nlls.teacher_unconditional,
+        "nll_student_conditional": nlls.student_conditional,
+        "nll_student_unconditional": nlls.student_unconditional,
         "ifd_teacher": judgement.ifd_teacher,
         "ifd_student": judgement.ifd_student,
         "delta_ifd": judgement.delta_ifd,
@@ -85,7 +75,11 @@ def annotate_shard(
     }
     passes = [conditional] if student is None else [conditional, unconditional, unconditional]
     tokens = sum(len(before) + len(response) - 1 for pairs in passes for before, response in pairs if len(response))
-    metadata = {**shard.metadata, "kd_temperature": str(config.training.kd_temperature)}
+    metadata = {
+        **shard.metadata,
+        "kd_temperature": str(config.training.kd_temperature),
+        "selection": rule.describe(),
+    }
     return Shard("samples", columns, metadata), tokens
 
 

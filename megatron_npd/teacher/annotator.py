@@ -1,7 +1,6 @@
 """The annotator: scores, judges and annotates what the sidecars sampled, and evaluates what the trainer published.
 
-Every rank of one annotator runs `run`; rank 0 looks for work, leases it and writes. A task is (kind, stage, unit) or
-("evaluate", version): all ranks compute it together.
+Every rank of one annotator runs `run`; rank 0 looks for work, leases it and writes. A `Task` is computed by all ranks.
 """
 
 from __future__ import annotations
@@ -19,25 +18,22 @@ import torch
 
 from megatron_npd.buffer.leases import lease
 from megatron_npd.buffer.listing import finished_units, is_finished
-from megatron_npd.buffer.plan import Plan, Stage, make_plan
+from megatron_npd.buffer.plan import Stage
+from megatron_npd.buffer.role_context import RoleContext
 from megatron_npd.buffer.shards import Shard, read_or_quarantine, read_shard, write_shard
 from megatron_npd.config import Config
-from megatron_npd.data.prompts import load_prompt_set
 from megatron_npd.data.tokenizer import load_tokenizer
 from megatron_npd.distributed.collectives import broadcast_object
 from megatron_npd.distributed.together import wait_together
 from megatron_npd.errors import UserError
 from megatron_npd.files import write_json
-from megatron_npd.hardware.device import device_peak_bytes
 from megatron_npd.mcore.attention import choose_backend
 from megatron_npd.mcore.model_parallel import initialize, shutdown
 from megatron_npd.models.hf_config import eos_token_ids, read_model_dims
 from megatron_npd.process.activity import doing
-from megatron_npd.process.memory import PeakMemory, release_unused, steady_heap
-from megatron_npd.process.metrics import Metrics, metrics_file, process_seconds
-from megatron_npd.process.waiting import turn, turn_lock
+from megatron_npd.process.memory import release_unused
 from megatron_npd.roles import ANNOTATOR
-from megatron_npd.run_directory import HELDOUT_STAGE, RunDirectory
+from megatron_npd.run_directory import HELDOUT_STAGE
 from megatron_npd.schema import TEACHER_VERSION, Verdict
 from megatron_npd.teacher.annotation import annotate_shard
 from megatron_npd.teacher.heldout import HeldoutSet
@@ -77,11 +73,8 @@ class Annotator:
     """Teacher and student snapshot, side by side."""
 
     def __init__(self, config: Config):
-        started, import_seconds = time.monotonic(), process_seconds()
-        steady_heap()
-        self.memory = PeakMemory(device_peak_bytes)
-        self.config = config
-        self.run = RunDirectory(Path(config.run_directory))
+        self.context = context = RoleContext(config, ANNOTATOR)
+        self.config, self.run, self.plan = config, context.run, context.plan
         torch.set_num_threads(config.annotator.threads)
         self.parallel = initialize(config.annotator.tensor_model_parallel_size, seed=config.seed)
         dtype = getattr(torch, config.models.dtype)
@@ -94,13 +87,13 @@ class Annotator:
         self.student_version: int | None = None
         self.prefix = self._unconditional_prefix()
         self.end_tokens = eos_token_ids(config.models.student)
-        self.plan = self._plan()
         self.heldout: HeldoutSet | None = None
         self.passed_over: set[Task] = set()
         """Tasks another annotator was working on when this one came by; looked at again when nothing else is left."""
-        self.metrics = Metrics(metrics_file(self.run, ANNOTATOR), ANNOTATOR) if self.parallel.rank == 0 else None
-        seconds = time.monotonic() - started
-        self._log("start", import_seconds=import_seconds, seconds=seconds, attention_backend=backend)
+        if self.parallel.rank == 0:
+            context.open_metrics()
+        seconds = time.monotonic() - context.started
+        context.log("start", import_seconds=context.import_seconds, seconds=seconds, attention_backend=backend)
 
     def next_task(self) -> Task | None:
         """The next thing to do, the same on every rank; None when the run needs no annotator any more."""
@@ -139,7 +132,7 @@ class Annotator:
             seconds = time.monotonic() - started
         if self.parallel.rank == 0:
             write_json(self.run.evaluation(version), {"version": version, **asdict(figures)})
-            self._log("evaluation", version=version, seconds=seconds, **asdict(figures))
+            self.context.log("evaluation", version=version, seconds=seconds, **asdict(figures))
             logger.info("version %d: held-out KL %.4f nats/token", version, figures.heldout_kl)
             if heldout.kept_packs < len(heldout):
                 logger.info(
@@ -201,7 +194,7 @@ class Annotator:
         with verified(folder, version):
             self.student.load(folder)
         self.student_version = version
-        self._log("refresh", version=version, seconds=time.monotonic() - started)
+        self.context.log("refresh", version=version, seconds=time.monotonic() - started)
 
     def _heldout_set(self) -> HeldoutSet | None:
         """The held-out set, read once; None if a shard was corrupt."""
@@ -233,7 +226,7 @@ class Annotator:
     def _report_unit(self, stage: Stage, unit: int, samples: Shard, tokens: int, seconds: float) -> None:
         counts = Counter(Verdict(verdict).name.lower() for verdict in samples["verdict"])
         kept = counts.pop("kept", 0)
-        self._log(
+        self.context.log(
             "unit",
             stage=stage.name,
             unit=unit,
@@ -251,21 +244,13 @@ class Annotator:
         tokenizer = load_tokenizer(Path(models.student), trust_remote_code=models.trust_remote_code)
         return np.array(unconditional_prefix(tokenizer, self.config.selection.unconditional_prefix), dtype=np.int32)
 
-    def _plan(self) -> Plan:
-        sizes = (len(load_prompt_set(self.run.prompts(split))) for split in ("train", "heldout"))
-        return make_plan(self.config, *sizes)
-
     def _look_at_memory(self) -> None:
         """Say what was needed at most so far, and keep no more than is in use."""
         release_unused()
-        self._log("memory", **self.memory.record())
-
-    def _log(self, event: str, **values: object) -> None:
-        if self.metrics:
-            self.metrics.log(event, **values)
+        self.context.log("memory", **self.context.memory.record())
 
     def _turn(self) -> contextlib.AbstractContextManager[None]:
-        return turn(turn_lock(self.config, self.run) if self.parallel.rank == 0 else None)
+        return self.context.turn(takes_it=self.parallel.rank == 0)
 
 
 def _common_vocabulary(config: Config) -> int:

@@ -17,7 +17,8 @@ import torch
 from megatron_npd.data.packing import pack
 from megatron_npd.kernels import forward_kl, token_logprobs, top_token
 from megatron_npd.process import activity
-from megatron_npd.teacher.prefill import Pair, PrefillModel, response_tokens
+from megatron_npd.teacher.prefill import PrefillModel, response_tokens
+from megatron_npd.teacher.scorer import Pair
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,7 @@ Legend: N response tokens of a pack, V columns of this rank's logits, K top-k.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,23 +25,12 @@ from megatron_npd.mcore.model import (
 )
 from megatron_npd.models.hf_config import ModelDims, read_model_dims
 from megatron_npd.process import activity
+from megatron_npd.teacher.scorer import Annotation, Pair
 from megatron_npd.weights.load import load_hugging_face
-
-logger = logging.getLogger(__name__)
-Pair = tuple[np.ndarray, np.ndarray]
-
-
-@dataclass(frozen=True)
-class Annotation:
-    """Teacher top-k of one response: int32 [R, K], float32 [R, K], float32 [R]."""
-
-    ids: np.ndarray
-    logprobs: np.ndarray
-    tail_mass: np.ndarray
 
 
 class PrefillModel:
-    """A frozen model for forward passes; `load` replaces its weights in place by another checkpoint's."""
+    """A `Scorer` on Megatron: a frozen model for forward passes. `load` gives it another checkpoint's weights."""
 
     def __init__(
         self,

@@ -14,7 +14,7 @@ import torch
 from megatron_npd.config import Config
 from megatron_npd.data.batch import PackedBatch, TrainingSample, aligned, collate
 from megatron_npd.data.context_parallel import context_parallel_share
-from megatron_npd.data.prompts import load_prompt_set
+from megatron_npd.data.prompts import HELDOUT, load_prompt_set
 from megatron_npd.distributed.parallel import Parallel
 from megatron_npd.files import fsync_folder
 from megatron_npd.mcore.model import named_parameters
@@ -87,7 +87,7 @@ def _parity_probe(
 
 def _probe_sequences(run: RunDirectory, capacity: int, alignment: int) -> list[np.ndarray]:
     """The first held-out prompts of two tokens or more that fit into one pack."""
-    prompts = load_prompt_set(run.prompts("heldout"))
+    prompts = load_prompt_set(run.prompts(HELDOUT))
     sequences: list[np.ndarray] = []
     used = 0
     for index in range(min(PROBE_SEQUENCES, len(prompts))):

@@ -36,6 +36,10 @@ class StepSums:
     tokens × KL(current || generator) from the generator's samples."""
 
 
+SUMS = [field.name for field in fields(StepSums)]
+"""In the order in which a micro-batch reports them."""
+
+
 def forward_step(
     config: TrainingConfig, dims: ModelDims, parallel: Parallel
 ) -> Callable[[Iterator[PackedBatch], torch.nn.Module], tuple[torch.Tensor, Callable[..., Any]]]:
@@ -73,8 +77,14 @@ def forward_step(
             log_ratio_N = -losses.ce - behaviour_N
             ratio_N = log_ratio_N.exp()
             tokens = torch.tensor(len(batch.rows), device=parallel.device)
-            sums = (losses.loss, losses.ce, losses.kd, torch.ones_like(losses.ce), ratio_N * log_ratio_N - ratio_N + 1)
-            report = torch.stack([value.double().sum() for value in sums])
+            terms = {
+                "loss": losses.loss,
+                "ce": losses.ce,
+                "kd": losses.kd,
+                "tokens": torch.ones_like(losses.ce),
+                "drift": ratio_N * log_ratio_N - ratio_N + 1,
+            }
+            report = torch.stack([terms[name].double().sum() for name in SUMS])
             return losses.total, tokens, {"sums": report}
 
         return output, loss
@@ -116,6 +126,3 @@ def logprob_step(
 
 def _tensors(device: str, *arrays: np.ndarray) -> tuple[torch.Tensor, ...]:
     return tuple(torch.from_numpy(array).to(device) for array in arrays)
-
-
-assert [field.name for field in fields(StepSums)] == ["loss", "ce", "kd", "tokens", "drift"]  # order of `sums`

@@ -2,34 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import math
 import time
 from dataclasses import asdict
-from pathlib import Path
 
-from megatron_npd.buffer.plan import Plan, Stage, epochs_of, make_plan, publishing_step
+from megatron_npd.buffer.plan import Stage, epochs_of, publishing_step
 from megatron_npd.buffer.retention import retire_stages
+from megatron_npd.buffer.role_context import RoleContext
 from megatron_npd.config import Config
 from megatron_npd.data.batch import PackedBatch, aligned, collate
 from megatron_npd.data.context_parallel import context_parallel_share
-from megatron_npd.data.prompts import load_prompt_set
 from megatron_npd.distributed.collectives import barrier, broadcast_object, greatest
 from megatron_npd.distributed.together import leave_if_asked, wait_together
 from megatron_npd.errors import UserError
-from megatron_npd.hardware.device import device_peak_bytes
 from megatron_npd.mcore.checkpoint import Checkpointer, latest_checkpoint, load_checkpoint, read_run_state
 from megatron_npd.mcore.model_parallel import shutdown
 from megatron_npd.mcore.optimizer import micro_batch_multiple, train_step
 from megatron_npd.models.cost import cost_model
 from megatron_npd.process import stopping
 from megatron_npd.process.activity import doing, waiting
-from megatron_npd.process.memory import PeakMemory, release_unused, steady_heap
-from megatron_npd.process.metrics import Metrics, process_seconds
-from megatron_npd.process.waiting import turn, turn_lock
+from megatron_npd.process.memory import release_unused
 from megatron_npd.roles import TRAINER
-from megatron_npd.run_directory import WARMUP_STAGE, RunDirectory
+from megatron_npd.run_directory import WARMUP_STAGE
 from megatron_npd.schema import TEACHER_VERSION
 from megatron_npd.training.position import Position
 from megatron_npd.training.publishing import make_publisher, publish, write_student
@@ -62,14 +59,10 @@ class Trainer:
     """The student, its optimizer, and where in the plan the run stands."""
 
     def __init__(self, config: Config):
-        started, import_seconds = time.monotonic(), process_seconds()
-        steady_heap()
-        self.memory = PeakMemory(device_peak_bytes)
-        self.config = config
-        self.run = RunDirectory(Path(config.run_directory))
+        self.context = context = RoleContext(config, TRAINER)
+        self.config, self.run, self.plan = config, context.run, context.plan
         self.student = make_student(config)
         self.parallel = self.student.parallel
-        self.plan = self._plan()
         self.costs = cost_model(self.student.dims)
         self.newest_version = broadcast_object(max(published_versions(self.run), default=-1))
         """Newest version that is published or being published; -1 before the first."""
@@ -83,11 +76,12 @@ class Trainer:
             self.run.checkpoints, self.student.trainable, training.keep_checkpoints, training.asynchronous_checkpoints
         )
         self.publisher = make_publisher(self.run, config, self.student, self._note_published)
-        self.metrics = self._open_metrics()
-        self.log(
+        if self.parallel.is_logging_rank:
+            context.open_metrics(self.run.metrics(TRAINER), self.run.tensorboard)
+        context.log(
             "start",
-            import_seconds=import_seconds,
-            seconds=time.monotonic() - started,
+            import_seconds=context.import_seconds,
+            seconds=time.monotonic() - context.started,
             attention_backend=self.student.options.attention_backend,
             parameters=sum(p.numel() for model in self.student.trainable.models for p in model.parameters()),
         )
@@ -132,12 +126,12 @@ class Trainer:
         self.publisher.wait()
         barrier()
         release_unused()  # what steps need is free now; a publication wants memory of its own
-        with doing(f"publishing version {version}"), turn(self._turn_lock()):
+        with doing(f"publishing version {version}"), self._turn():
             publish(self.publisher, self.run, self.config, version, self.student)
         release_unused()
 
     def _note_published(self, published: Published) -> None:
-        self.log("publish", **asdict(published))
+        self.context.log("publish", **asdict(published))
         logger.info(
             "published version %d (%.0f MB) in %.1f s; training stood still for %.1f s",
             published.version,
@@ -154,11 +148,6 @@ class Trainer:
             logger.info("the student is in %s", self.run.student)
         barrier()
 
-    def log(self, event: str, step: int | None = None, **values: object) -> None:
-        """One metrics record, from the one rank that knows the loss."""
-        if self.metrics:
-            self.metrics.log(event, step, **values)
-
     def _optimizer_step(self, stage: Stage, samples: StageIndex, step: Step) -> float | None:
         """One optimizer step; the near-policy KL on every rank (None in the warm-up: another model's samples)."""
         training, parallel, student = self.config.training, self.parallel, self.student
@@ -166,7 +155,7 @@ class Trainer:
         attention = [self._attention_cost(samples, items) for items in step.packs]
         shares = deal(step.packs, attention, parallel.dp_size, micro_batch_multiple(parallel))
         batches = [self._micro_batch(samples, items) for items in shares[parallel.dp_rank]]
-        with turn(self._turn_lock()):
+        with self._turn():
             started = time.monotonic()
             loss_step = forward_step(training, student.dims, parallel)
             reports, norm = train_step(student.trainable, batches, loss_step, training.sequence_length, rate)
@@ -187,7 +176,9 @@ class Trainer:
             flops=sum(self._flops(samples, items) for items in step.packs) + self.costs.head * sums.tokens,
             policy_lag=None if stage.version == TEACHER_VERSION else self.newest_version - stage.version,
         )
-        self.log("step", self.position.step, stage=stage.name, epoch=step.epoch, seconds=seconds, **report.metrics())
+        self.context.log(
+            "step", self.position.step, stage=stage.name, epoch=step.epoch, seconds=seconds, **report.metrics()
+        )
         loss = sums.loss / sums.tokens
         logger.info("%s step %d: loss %.4f, grad norm %.2f", stage.name, self.position.step, loss, norm)
         return report.drift
@@ -248,10 +239,6 @@ class Trainer:
             cost=self.costs,
         )
 
-    def _plan(self) -> Plan:
-        sizes = (len(load_prompt_set(self.run.prompts(split))) for split in ("train", "heldout"))
-        return make_plan(self.config, *sizes)
-
     def _resume(self) -> Position:
         checkpoint = latest_checkpoint(self.run.checkpoints)
         if checkpoint is None:
@@ -277,11 +264,11 @@ class Trainer:
         self.publisher.wait()
         release_unused()
         state = {"digest": self.config.digest, "progress": self.position.to_state()}
-        with doing(f"saving a checkpoint of step {self.position.step}"), turn(self._turn_lock()):
+        with doing(f"saving a checkpoint of step {self.position.step}"), self._turn():
             started = time.monotonic()
             self.checkpointer.save(self.position.step, state)
         self._saved_step = self.position.step
-        self.log("checkpoint", seconds=time.monotonic() - started)
+        self.context.log("checkpoint", seconds=time.monotonic() - started)
 
     def _save_and_leave(self, request: stopping.Stopped) -> None:
         """Leave nothing half done: the last step is in the current checkpoint, the last version is visible."""
@@ -302,16 +289,11 @@ class Trainer:
         if self.parallel.rank == 0:
             retire_stages(self.run, self.plan, self.position.finished, self.config.buffer.keep_rounds)
         release_unused()
-        record = self.memory.record()
+        record = self.context.memory.record()
         largest = greatest(record.values(), self.parallel)
-        self.log("memory", **dict(zip(record, largest, strict=True)))
+        self.context.log("memory", **dict(zip(record, largest, strict=True)))
 
-    def _turn_lock(self) -> Path | None:
-        """Rank 0 takes the turn for all ranks: the others cannot compute without it. Nobody waits for it who leaves."""
-        takes_it = self.parallel.rank == 0 and not stopping.requested()
-        return turn_lock(self.config, self.run) if takes_it else None
-
-    def _open_metrics(self) -> Metrics | None:
-        if not self.parallel.is_logging_rank:
-            return None
-        return Metrics(self.run.metrics(TRAINER), TRAINER, self.run.tensorboard)
+    def _turn(self) -> contextlib.AbstractContextManager[None]:
+        """Rank 0 takes the turn for all ranks: the others cannot compute without it. A trainer that is leaving does not
+        wait for its turn."""
+        return self.context.turn(takes_it=self.parallel.rank == 0 and not stopping.requested())

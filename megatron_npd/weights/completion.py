@@ -7,7 +7,6 @@ training on rank 0, without communication.
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import re
 import shutil
@@ -21,13 +20,12 @@ from megatron_npd.files import fsync_folder, make_durable, read_json, with_file_
 from megatron_npd.models.hf_checkpoint import INDEX
 from megatron_npd.models.hf_config import ModelDims
 from megatron_npd.models.tensor_map import all_hugging_face_names
+from megatron_npd.process.waiting import Reminder
 from megatron_npd.versions.manifest import WeightFile, write_manifest
 from megatron_npd.weights.companions import copy_companions
 from megatron_npd.weights.share import SHARES, read_share
 
-logger = logging.getLogger(__name__)
 POLL_SECONDS = 0.05
-SAY_AFTER_SECONDS = 30.0
 TIMEOUT_SECONDS = 1800.0
 """How long rank 0 waits for the others' files: as long as for a collective."""
 
@@ -87,7 +85,7 @@ def _await_shares(target: Target, stop: threading.Event) -> dict[str, WeightFile
     """Every weight file that was written, by name, when all writers have said so."""
     weights: dict[str, WeightFile] = {}
     missing = sorted(target.writers)
-    started = said = time.monotonic()
+    started, reminder = time.monotonic(), Reminder()
     while True:
         for rank in list(missing):
             if (files := read_share(target.staging, rank)) is not None:
@@ -95,13 +93,11 @@ def _await_shares(target: Target, stop: threading.Event) -> dict[str, WeightFile
                 missing.remove(rank)
         if not missing:
             return weights
-        now = time.monotonic()
+        waited = time.monotonic() - started
         what = f"rank {', '.join(map(str, missing))} to write its part of version {target.version}"
-        if now - started > TIMEOUT_SECONDS or stop.is_set():
-            raise TimeoutError(errno.ETIMEDOUT, f"waited {now - started:.0f} s for {what}", str(target.staging))
-        if now - said > SAY_AFTER_SECONDS:
-            said = now
-            logger.info("still waiting for %s, since %.0f s", what, now - started)
+        if waited > TIMEOUT_SECONDS or stop.is_set():
+            raise TimeoutError(errno.ETIMEDOUT, f"waited {waited:.0f} s for {what}", str(target.staging))
+        reminder.still(what)
         if not target.staging.is_dir():
             if target.final.exists():  # whoever was first has tidied up
                 raise AlreadyPublishedError

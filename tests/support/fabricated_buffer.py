@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from inputs import Inputs
 
-from megatron_npd.buffer.plan import Stage, make_plan
+from megatron_npd.buffer.plan import Stage, plan_of
 from megatron_npd.buffer.shards import Shard, concatenate_ragged, write_shard
 from megatron_npd.config import Config
 from megatron_npd.data.prompts import load_prompt_set
@@ -23,8 +23,7 @@ def make_buffer(inputs: Inputs) -> RunDirectory:
     """Prepare the run directory of a configuration and annotate every stage that is trained on."""
     config = inputs.config
     run = prepare(config)
-    sizes = (len(load_prompt_set(run.prompts(split))) for split in ("train", "heldout"))
-    for stage in make_plan(config, *sizes).training_stages:
+    for stage in plan_of(run, config).training_stages:
         for unit in range(stage.units):
             write_shard(run.unit("samples", stage.name, unit), _annotated_unit(run, config, stage, unit))
     return run

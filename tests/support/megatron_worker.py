@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from gathering import gather_hugging_face
 from safetensors.torch import save_file
 
 from megatron_npd.config import TrainingConfig
@@ -35,7 +36,6 @@ from megatron_npd.models.hf_config import read_model_dims
 from megatron_npd.training.schedule import deal
 from megatron_npd.training.step import collect_sums, forward_step
 from megatron_npd.weights.load import load_hugging_face
-from megatron_npd.weights.snapshot import gather_hugging_face
 
 CAPACITY, TOP_K = 96, 4
 

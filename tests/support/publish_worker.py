@@ -21,6 +21,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from gathering import gather_hugging_face
 from megatron_worker import CAPACITY, local_batches, make_samples, packs_of
 from safetensors.torch import save_file
 
@@ -36,7 +37,6 @@ from megatron_npd.training.step import forward_step
 from megatron_npd.weights import share
 from megatron_npd.weights.load import load_hugging_face
 from megatron_npd.weights.publish import Published, Publisher
-from megatron_npd.weights.snapshot import gather_hugging_face
 
 CHUNK = share.CHUNK
 SMALLEST_BUCKET = 1024

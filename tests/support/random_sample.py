@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
-from megatron_npd.data.batch import TrainingSample
+from megatron_npd.data.batch import PackedBatch, TrainingSample
 
 
 def make_sample(generator: np.random.Generator, prompt: int, response: int, k: int = 3) -> TrainingSample:
@@ -17,3 +19,9 @@ def make_sample(generator: np.random.Generator, prompt: int, response: int, k: i
         topk_logprobs=-generator.random((response, k)).astype(np.float32),
         tail_mass=generator.random(response).astype(np.float32),
     )
+
+
+def positions_of(batch: PackedBatch) -> np.ndarray:
+    """Position of every token of a whole pack inside its own sequence, int64 [T]."""
+    bounds = batch.cu_seqlens
+    return np.concatenate([np.arange(end - start) for start, end in itertools.pairwise(bounds)])
