@@ -24,7 +24,7 @@ KERNELS = {
     }.items()
     for element in ("float", "BFloat16", "Float16")
     for temperatures in variants
-} | {"score_merge<1>", "statistics_merge<1>", "statistics_merge<2>", "segment_sums<float>"}
+} | {"score_merge<1>", "statistics_merge<1>", "statistics_merge<2>"}
 
 ONLY_IN_TORCH_CUDA = """
 extern "C" int aoti_torch_get_current_cuda_stream(int, void** stream) { *stream = nullptr; return 0; }
@@ -51,7 +51,6 @@ calls = {
     "topk": (z, 3, 0, 8, 1.0),
     "loss_statistics": (z, y, ids, p, 0, 8, 1.0),
     "loss_gradient_": (z, y, ids, p, torch.ones(8, 2), 0, 8, 1.0),
-    "segment_sum": (z[0], y.int(), None),
 }
 for name, arguments in calls.items():
     try:
@@ -100,7 +99,7 @@ def test_the_operators_link_register_and_take_their_arguments(compiled):
     objects = [*folder.glob("*.o"), f"-L{folder}", "-lstub", *place, "-Xlinker", f"-rpath={folder}"]
     run(tool.find_nvcc(), "--shared", *objects, "-o", library)
     said = run(sys.executable, "-c", CALL_WITH_CPU_TENSORS, schemas, library).splitlines()
-    assert [line.split()[0] for line in said] == ["score", "topk", "loss_statistics", "loss_gradient_", "segment_sum"]
+    assert [line.split()[0] for line in said] == ["score", "topk", "loss_statistics", "loss_gradient_"]
     assert all("on a CUDA device" in line for line in said), said
 
 

@@ -11,7 +11,6 @@ import math
 import mmap
 import shutil
 
-import numpy as np
 import pytest
 import torch
 from cuda_emulation import DTYPES, Emulation, build
@@ -460,30 +459,6 @@ def test_gradient_with_as_many_ids_as_threads_and_with_none(emulation):
     labels.ids, labels.p, labels.inside = labels.ids[:, :0], labels.p[:, :0], labels.inside & False
     coefficients = coefficients_of(z, labels, 1.0)
     check_gradient(emulation, z, torch.bfloat16, labels, coefficients, 1, 1.0, 1)
-
-
-# ---- segment_sum ---------------------------------------------------------------------------------------------------
-
-
-def test_segment_sum(emulation):
-    lengths = [0, 1, 255, 256, 257, 0, 10000, 3]
-    cu_seqlens = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
-    values = torch.randn(int(cu_seqlens[-1]), generator=torch.Generator().manual_seed(0)) * 1e3
-    mask = torch.arange(len(values)) % 3 != 0
-    for given in (None, mask):
-        poisoned = values if given is None else values.masked_fill(~mask, math.nan)
-        got = emulation.segment_sum(poisoned, cu_seqlens, given)
-        kept = values.double() if given is None else torch.where(mask, values, 0.0).double()
-        parts = kept.split(lengths)
-        want = torch.tensor([math.fsum(part.tolist()) for part in parts], dtype=torch.float64)
-        scale = torch.stack([part.abs().sum() for part in parts])
-        assert ((got - want).abs() <= 1e-14 * scale).all()
-
-
-def test_segment_sum_never_reads_past_the_values(emulation):
-    values = torch.arange(8, dtype=torch.float32)
-    got = emulation.segment_sum(values[:6], torch.tensor([0, 4, 9], dtype=torch.int32))
-    assert got.tolist() == [6, 9]
 
 
 # ---- Behind the public functions -----------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import torch
 from loss_problem import K, Problem, on_ranks, relative_error, shard_of
 
 from megatron_npd.distributed.parallel import SINGLE, Parallel
-from megatron_npd.kernels import native, segment_sum, token_logprobs, topk_logprobs
+from megatron_npd.kernels import native, token_logprobs, topk_logprobs
 
 pytestmark = pytest.mark.skipif(not native.run_on("cpu"), reason="the fused operators are not built: see the log")
 
@@ -290,9 +290,8 @@ def test_the_same_bits_on_every_run_and_number_of_threads() -> None:
         gradient = logits.clone()
         ops.loss_gradient_(gradient, targets, ids, p, coefficients, 0, 32000, 0.5)
         statistics = ops.loss_statistics(logits, targets, ids, p, 0, 32000, 0.5)
-        sums = ops.segment_sum(coefficients[0], torch.arange(34, dtype=torch.int32), None)
         score = ops.score(logits, targets, None, 0, 32000, 1.0)
-        return [gradient, statistics, sums, score, *ops.topk(logits, 9, 0, 32000, 0.5)]
+        return [gradient, statistics, score, *ops.topk(logits, 9, 0, 32000, 0.5)]
 
     try:
         for _ in every_isa():
@@ -321,21 +320,6 @@ def test_rows_beyond_two_billion_elements(tmp_path: Path) -> None:
     ]
     for call in calls:
         assert all(torch.equal(a, b) for a, b in zip(call(far), call(near), strict=True))
-
-
-def test_segment_sum() -> None:
-    """Equal to float64 sums, with empty segments, masked NaN, and no effect of one segment on the next."""
-    values = torch.randn(1000)
-    values[5], values[400] = torch.nan, 1e30
-    mask = torch.rand(1000) < 0.7
-    mask[5], mask[400] = False, True
-    bounds = [0, 0, 300, 300, 301, 900, 1000, 1000]
-    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
-    expected = torch.stack([values[a:b][mask[a:b]].double().sum() for a, b in itertools.pairwise(bounds)])
-    for mode in (nullcontext, native.disabled):
-        with mode():
-            torch.testing.assert_close(segment_sum(values, cu_seqlens, mask), expected, rtol=1e-12, atol=0)
-            assert segment_sum(values, cu_seqlens)[1].isnan() and segment_sum(values[:0], cu_seqlens[:1]).shape == (0,)
 
 
 def test_bad_arguments_are_refused() -> None:

@@ -166,7 +166,7 @@ class TrainingConfig(Section):
     """Distillation temperature of teacher and student in the KD, which is multiplied by its square (arXiv 1503.02531).
     CE, Δ-IFD and drift are at temperature 1 whatever this is."""
     tail: Literal["none", "bucket", "renormalize"] = "bucket"
-    """What the KD does with the mass outside the teacher's top-k (docs of `kernels.ce_topk_kl`)."""
+    """What the KD does with the mass outside the teacher's top-k (formulas: `kernels/objective.py`)."""
     logits_chunk_tokens: int = Field(4096, ge=1)
     """Rows projected to the vocabulary at a time: the logits of a whole pack never exist."""
     attention_backend: Literal["auto", "te", "torch_varlen", "reference"] = "auto"

@@ -10,7 +10,6 @@ on every rank.
     objective.py        the loss in four steps: statistics, merge over ranks, losses, gradient
     losses.py           the loss of logits
     linear.py           the loss of hidden states, whose logits never exist whole
-    segments.py         sums over the sequences of a pack
     native.py           fused operators behind the passes over logits, where they are built and run
     build.py, csrc/     their compilation and their source
 
@@ -21,7 +20,6 @@ from megatron_npd.kernels.linear import LinearLosses, linear_ce_topk_kl
 from megatron_npd.kernels.losses import ce_topk_kl
 from megatron_npd.kernels.objective import TokenLosses
 from megatron_npd.kernels.scores import forward_kl, token_logprobs, top_token, topk_logprobs
-from megatron_npd.kernels.segments import segment_sum
 
 __all__ = [
     "LinearLosses",
@@ -29,7 +27,6 @@ __all__ = [
     "ce_topk_kl",
     "forward_kl",
     "linear_ce_topk_kl",
-    "segment_sum",
     "token_logprobs",
     "top_token",
     "topk_logprobs",

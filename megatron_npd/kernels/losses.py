@@ -39,6 +39,9 @@ def ce_topk_kl(
 ) -> TokenLosses:
     """(1 - λ)·CE + λ·τ²·KD per token (formulas and sources: `kernels/objective.py`); only `loss` carries a gradient.
 
+    The reference of the fused linear loss, `linear_ce_topk_kl`, on whole logits. The trainer uses that one, and no role
+    calls this: it is kept for tests, which hold the fused loss against it, and tools, which time the operators by it.
+
     Args:
         logits_TV: this rank's student logits, of any float dtype; the gradient has it too.
         targets_T: sampled tokens, int64, in the vocabulary.

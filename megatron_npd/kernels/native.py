@@ -111,12 +111,6 @@ def loss_gradient_(
     torch.ops.megatron_npd.loss_gradient_(logits_TV, *small, first, valid, 1 / temperature)
 
 
-def segment_sum(values_T: torch.Tensor, cu_seqlens: torch.Tensor, mask_T: torch.Tensor | None) -> torch.Tensor:
-    """`segments.segment_sum`."""
-    mask_T = None if mask_T is None else mask_T.contiguous()
-    return torch.ops.megatron_npd.segment_sum(values_T.contiguous(), cu_seqlens.contiguous(), mask_T)
-
-
 def _load(device: str) -> str | None:
     """Load what the device needs and say so; else why not, said too."""
     required, switched_off = _is_set("NPD_REQUIRE_KERNELS"), _is_set("NPD_DISABLE_KERNELS")

@@ -121,17 +121,6 @@ class Emulation:
 
         _whole_storage(logits).copy_(self._in_both_orders(run)[0])
 
-    def segment_sum(
-        self, values: torch.Tensor, cu_seqlens: torch.Tensor, mask: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        def run(descending: bool) -> tuple[torch.Tensor]:
-            result = torch.full((len(cu_seqlens) - 1,), POISON, dtype=torch.float64)
-            sizes = ctypes.c_int64(len(values)), ctypes.c_int64(len(result))
-            self.c.npd_segment_sum(_at(values), sizes[0], _at(cu_seqlens), sizes[1], _at(mask), _at(result), descending)
-            return (result,)
-
-        return self._in_both_orders(run)[0]
-
     def splits(self, rows: int, columns: int, per_vector: int, multiprocessors: int) -> int:
         """What the launchers choose."""
         return self.c.npd_splits(ctypes.c_int64(rows), ctypes.c_int64(columns), per_vector, multiprocessors)

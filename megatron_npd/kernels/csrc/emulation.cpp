@@ -10,7 +10,6 @@
 #include "cuda/loss_gradient.cuh"
 #include "cuda/loss_statistics.cuh"
 #include "cuda/score.cuh"
-#include "cuda/segment.cuh"
 #include "cuda/topk.cuh"
 
 namespace {
@@ -115,11 +114,6 @@ void npd_loss_gradient(int dtype, void* logits, const Shape* shape, const int64_
     auto run = inverse_temperature == 1.f ? gradient<decltype(x), 1> : gradient<decltype(x), 2>;
     run(logits, *shape, targets, ids, p, k, coefficients, inverse_temperature, splits, descending);
   });
-}
-
-void npd_segment_sum(const float* values, int64_t tokens, const int32_t* cu_seqlens, int64_t segments,
-                     const bool* mask, double* result, int descending) {
-  launch(segments, 1, kSegmentThreads, descending, [=] { segment_sums(values, cu_seqlens, mask, tokens, result); });
 }
 
 }  // extern "C"

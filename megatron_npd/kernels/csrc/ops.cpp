@@ -12,7 +12,6 @@
 //                    of exp((z - m) / temperature) over the columns that are not among the best.
 //   loss_statistics  float32 [4 or 5, T]: `objective.partial_statistics`.
 //   loss_gradient_   overwrites the logits by `objective.write_gradient`; coefficients: float32 [8, T], cpu/loss.h.
-//   segment_sum      float32 [T], int32 [S + 1] -> float64 [S]; values whose mask is false are left out.
 //   cpu_isa          the instruction set in use on CPUs; a name other than "" chooses it first.
 #include <torch/csrc/stable/library.h>
 
@@ -27,6 +26,5 @@ STABLE_TORCH_LIBRARY(megatron_npd, m) {
   m.def(
       "loss_gradient_(Tensor(a!) logits, Tensor targets, Tensor ids, Tensor p, Tensor coefficients, int first, "
       "int valid, float inverse_temperature) -> ()");
-  m.def("segment_sum(Tensor values, Tensor cu_seqlens, Tensor? mask) -> Tensor");
   m.def("cpu_isa(str name) -> str");
 }

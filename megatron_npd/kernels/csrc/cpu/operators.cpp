@@ -169,25 +169,6 @@ void loss_gradient_(Tensor logits, const Tensor& targets, const Tensor& ids, con
   });
 }
 
-Tensor segment_sum(const Tensor& values, const Tensor& cu_seqlens, const std::optional<Tensor>& mask) {
-  STD_TORCH_CHECK(values.dim() == 1 && cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 1,
-                  "values and cu_seqlens: must have one dimension, cu_seqlens at least one entry");
-  const int64_t tokens = values.size(0), segments = cu_seqlens.size(0) - 1;
-  const float* from = data_of<float>(values, "values", ScalarType::Float, tokens);
-  const int32_t* bounds = data_of<int32_t>(cu_seqlens, "cu_seqlens", ScalarType::Int, segments + 1);
-  const bool* kept = mask_of(mask, tokens);
-  for (int64_t s = 0; s < segments; ++s) {
-    STD_TORCH_CHECK(0 <= bounds[s] && bounds[s] <= bounds[s + 1] && bounds[s + 1] <= tokens,
-                    "cu_seqlens: must ascend from 0 to at most the number of values");
-  }
-  Tensor result = torch::stable::new_empty(values, {segments}, ScalarType::Double);
-  double* to = static_cast<double*>(result.mutable_data_ptr());
-  torch::stable::parallel_for(0, segments, 64, [&](int64_t begin, int64_t end) {
-    for (int64_t s = begin; s < end; ++s) to[s] = npd::segment_sum(from, kept, bounds[s], bounds[s + 1]);
-  });
-  return result;
-}
-
 std::string cpu_isa(const std::string& name) {
   if (!name.empty()) npd::current_instruction_set() = &npd::find_instruction_set(name);
   return npd::current_instruction_set().load()->name;
@@ -200,7 +181,6 @@ STABLE_TORCH_LIBRARY_IMPL(megatron_npd, CPU, m) {
   m.impl("topk", TORCH_BOX(&topk));
   m.impl("loss_statistics", TORCH_BOX(&loss_statistics));
   m.impl("loss_gradient_", TORCH_BOX(&loss_gradient_));
-  m.impl("segment_sum", TORCH_BOX(&segment_sum));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(megatron_npd, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&cpu_isa)); }

@@ -1,4 +1,4 @@
-// Scores of one row, and sums over segments.
+// Scores of one row.
 #pragma once
 
 #include <algorithm>
@@ -45,15 +45,6 @@ void best_of_row(const Passes<T>& passes, const T* row, Shard shard, int64_t k, 
   const double drop = sums.max == -INFINITY ? 0.0 : (static_cast<double>(sums.max) - max) * inverse_temperature;
   rest[0] = max;
   rest[stride] = static_cast<float>(sums.sum * std::exp(drop));
-}
-
-// The sum of values[begin, end), of which `mask`, if there is one, leaves out those that it marks false.
-inline double segment_sum(const float* values, const bool* mask, int64_t begin, int64_t end) {
-  double sum = 0;
-  for (int64_t i = begin; i < end; ++i) {
-    if (!mask || mask[i]) sum += values[i];
-  }
-  return sum;
 }
 
 }  // namespace npd

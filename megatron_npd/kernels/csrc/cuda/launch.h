@@ -7,7 +7,6 @@
 #include "loss_gradient.cuh"
 #include "loss_statistics.cuh"
 #include "score.cuh"
-#include "segment.cuh"
 #include "topk.cuh"
 
 namespace npd {
@@ -31,8 +30,5 @@ void launch_statistics(const StatisticsArguments<T, M>& a, int splits, cudaStrea
 
 template <class T, int M>
 void launch_gradient(const GradientArguments<T, M>& a, int splits, cudaStream_t stream);
-
-void launch_segment_sum(const float* values, const int32_t* cu_seqlens, const bool* mask, int64_t tokens,
-                        int64_t segments, double* result, cudaStream_t stream);
 
 }  // namespace npd

@@ -142,23 +142,6 @@ void loss_gradient_(Tensor logits, const Tensor& targets, const Tensor& ids, con
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-Tensor segment_sum(const Tensor& values, const Tensor& cu_seqlens, std::optional<Tensor> mask) {
-  STD_TORCH_CHECK(values.is_cuda() && values.dim() == 1, "values: must be [T] on a CUDA device");
-  const int64_t tokens = values.size(0);
-  check_beside(values, "values", values, ScalarType::Float, {tokens});
-  STD_TORCH_CHECK(cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 1, "cu_seqlens: must be [S + 1]");
-  const int64_t segments = cu_seqlens.size(0) - 1;
-  check_beside(cu_seqlens, "cu_seqlens", values, ScalarType::Int, {segments + 1});
-  if (mask) check_beside(*mask, "mask", values, ScalarType::Bool, {tokens});
-  const OnDevice device(values);
-  Tensor result = new_tensor(values, {segments}, ScalarType::Double);
-  if (segments == 0) return result;
-  launch_segment_sum(data_of<const float>(values), data_of<const int32_t>(cu_seqlens), mask_of(mask), tokens, segments,
-                     data_of<double>(result), device.stream());
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-  return result;
-}
-
 }  // namespace npd
 
 STABLE_TORCH_LIBRARY_IMPL(megatron_npd, CUDA, m) {
@@ -166,5 +149,4 @@ STABLE_TORCH_LIBRARY_IMPL(megatron_npd, CUDA, m) {
   m.impl("topk", TORCH_BOX(&npd::topk));
   m.impl("loss_statistics", TORCH_BOX(&npd::loss_statistics));
   m.impl("loss_gradient_", TORCH_BOX(&npd::loss_gradient_));
-  m.impl("segment_sum", TORCH_BOX(&npd::segment_sum));
 }

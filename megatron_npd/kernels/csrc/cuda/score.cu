@@ -1,4 +1,4 @@
-// Launchers of score and segment_sum.
+// Launcher of score.
 #include "launch.h"
 
 namespace npd {
@@ -9,12 +9,6 @@ void launch_score(const ScoreArguments<T>& a, int splits, float* result, cudaStr
   score_partials<T><<<grid_of(rows, splits), kThreads, score_shared_bytes(), stream>>>(a);
   if (splits == 1) return;
   score_merge<<<small_grid(rows), kSmallThreads, 0, stream>>>(a.partials, splits, rows, a.scale, result);
-}
-
-void launch_segment_sum(const float* values, const int32_t* cu_seqlens, const bool* mask, int64_t tokens,
-                        int64_t segments, double* result, cudaStream_t stream) {
-  segment_sums<<<grid_of(segments, 1), kSegmentThreads, segment_shared_bytes(), stream>>>(values, cu_seqlens, mask,
-                                                                                          tokens, result);
 }
 
 template void launch_score(const ScoreArguments<float>&, int, float*, cudaStream_t);
