@@ -31,7 +31,7 @@ class StoredAs:
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of itself."""
+    """What the header of a file holds."""
 
     tensors: dict[str, StoredAs]
     metadata: dict[str, str]

@@ -22,6 +22,8 @@ from megatron_npd.slurm.placement import place_roles
 from megatron_npd.slurm.script import render
 from megatron_npd.versions.manifest import published_versions, verify_version
 
+LARGEST = "openpangu_72b_to_7b"
+"""On four nodes; its rendered script lies beside it."""
 MEMORY = {
     "trainer": ("parameters", "gradients", "Adam's moments", "main weights", "activations", "logits"),
     "annotator": ("teacher", "student", "one layer's activations", "logits"),
@@ -49,14 +51,23 @@ def test_each_is_the_papers_recipe(name: str) -> None:
     assert (config.training.sequence_length, config.training.lr, config.training.min_lr) == (32768, 1e-5, 1e-6)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_script_beside_it_is_what_npd_slurm_renders(name: str) -> None:
-    """If not: `for d in examples/*/run.toml; do npd slurm $d --output ${d%run.toml}job.sh; done`"""
+def test_the_script_beside_it_is_what_npd_slurm_renders() -> None:
+    """If not: `npd slurm examples/LARGEST/run.toml --output examples/LARGEST/job.sh`."""
+    assert (EXAMPLES / LARGEST / "job.sh").read_text(encoding="utf-8") == rendered(LARGEST)
+    assert [path.parent.name for path in EXAMPLES.glob("*/job.sh")] == [LARGEST], "one is enough to read"
+
+
+def test_those_on_one_node_differ_in_their_names_alone() -> None:
+    scripts = {rendered(name).replace(name, "NAME") for name in NAMES if name != LARGEST}
+    assert len(scripts) == 1 and "step rollout.node0 0 1 5 3-7 rollout --policy all" in scripts.pop()
+
+
+def rendered(name: str) -> str:
+    """The script of an example, which leaves no device idle."""
     path = EXAMPLES / name / "run.toml"
     config = load_config(path)
     assert place_roles(config).idle_devices == 0
-    rendered = render(config, str(path.relative_to(EXAMPLES.parent)), [])
-    assert (EXAMPLES / name / "job.sh").read_text(encoding="utf-8") == rendered
+    return render(config, str(path.relative_to(EXAMPLES.parent)), [])
 
 
 @pytest.mark.parametrize("name", NAMES)

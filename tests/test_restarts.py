@@ -116,7 +116,7 @@ def test_a_crash_loop_ends_the_run_with_every_reason(tmp_path: Path) -> None:
     status, output = run(tmp_path, [role(tmp_path, "bad", code), role(tmp_path, "good", SLEEP)], max_restarts=2)
     assert status == 1
     summary = output[output.index("bad failed 3 times in ") :]
-    assert "and got no further" in summary
+    assert "and made no progress" in summary
     assert summary.count("bad exited with status 3") == 2 and "bad was ended by SIGSEGV" in summary
     assert output.count("no luck") == 2
     assert "the run continues from here" in summary

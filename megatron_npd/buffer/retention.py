@@ -54,7 +54,7 @@ def collected(run: RunDirectory, kind: str, stage: str) -> dict[str, Any] | None
 
 
 def has_room(run: RunDirectory, plan: Plan, stage: Stage, limit: int) -> bool:
-    """Whether responses for `stage` may be generated now: the buffer is below its limit, or waiting would be for ever.
+    """Whether responses for `stage` may be generated now: the buffer is below its limit, or waiting would never end.
 
     `limit`: bytes of all shards, rollouts and samples; 0: no limit. The trainer waits for whole stages, so the first
     stage that is not trained yet always has room: a limit delays those after it and never stops the run.

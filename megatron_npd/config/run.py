@@ -94,7 +94,7 @@ class AnnotatorConfig(Section):
     pack_length: int = Field(2048, ge=16)
     """Tokens of one packed prefill."""
     heldout_cache_gib: float = Field(2.0, ge=0.0)
-    """Host memory of a rank for what the teacher makes of the held-out set, GiB: read once instead of for every
+    """Host memory of a rank for the teacher's hidden states of the held-out set, GiB: read once instead of for every
     version. What does not fit is read each time; the figures are the same."""
     threads: int = Field(2, ge=1)
     """CPU threads of an annotator on a CPU."""
@@ -260,7 +260,7 @@ class LaunchConfig(Section):
     longest_restart_delay_seconds: float = Field(60.0, ge=0.0)
     """Largest time before a restart; the first as well after a full disk or a lost permission, which need time."""
     hang_seconds: float = Field(3600.0, ge=0.0)
-    """A process that has not got further for so long, and is not waiting for another role, is killed and its role
+    """A process that made no progress for so long, and is not waiting for another role, is killed and its role
     started again. Longer than the longest load of a model. 0: never."""
 
 

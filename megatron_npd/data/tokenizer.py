@@ -63,7 +63,7 @@ class Tokenizer:
 
         A control token's text inside a message becomes that control token, as it does in transformers and in every
         server the student may run behind: a student must see the same ids in training as in use, and earlier turns
-        may well hold such tokens (thoughts, tool calls). `quoted_control_token` finds them, to be spoken of.
+        may well hold such tokens (thoughts, tool calls). `quoted_control_token` finds them, so that preflight can warn.
         """
         framed = self.encoder.apply_chat_template(
             chats, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False

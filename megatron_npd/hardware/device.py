@@ -70,7 +70,7 @@ def settle() -> None:
 
 
 def unused_gpus() -> str | None:
-    """What to tell whoever may wonder why this machine's GPUs do nothing; None where nobody would."""
+    """Why this machine's GPUs do nothing, in one line; None where it has none, or uses them."""
     if environment_device() != "cpu" or not has_gpu():
         return None
     return f"GPUs of this machine are not used: this environment computes on the CPU ({installed_vllm()}); {FOR_GPUS}"

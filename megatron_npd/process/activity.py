@@ -36,12 +36,12 @@ def current() -> Activity:
 
 
 def changes() -> int:
-    """How often something was begun, ended or got further: a number that stands still while a process hangs."""
+    """How often something was begun, ended or made progress: a number that stands still while a process hangs."""
     return _changes
 
 
 def progress() -> None:
-    """Say that the present activity got further. Costs next to nothing: call it on every step of an inner loop."""
+    """Say that the present activity made progress. Costs next to nothing: call it on every step of an inner loop."""
     global _changes
     _changes += 1
 

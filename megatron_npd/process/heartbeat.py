@@ -36,7 +36,7 @@ SKEW_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Sign:
-    """What a process last said of itself; times are Unix seconds by the filesystem's clock."""
+    """What a process last reported; times are Unix seconds by the filesystem's clock."""
 
     role: str
     rank: int

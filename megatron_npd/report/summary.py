@@ -135,7 +135,7 @@ def _rollouts(run: RunDirectory) -> dict[str, Any]:
 
 
 def _selection(run: RunDirectory) -> dict[str, Any]:
-    """What the selection rule says of itself that judged the newest shard of a round; {} where there is none."""
+    """The description of the selection rule that judged the newest shard of a round; {} where there is none."""
     newest_first = (path for paths in reversed(_judged_rounds(run)) for path in reversed(paths))
     return next((selection for path in newest_first if (selection := _read_columns(path, ())[1])), {})
 
@@ -293,8 +293,8 @@ def _records(run: RunDirectory) -> list[Record]:
 
 
 def _read_columns(path: Path, names: Iterable[str]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """A few columns of a shard of samples without reading the rest (the annotation is most of it), and what its
-    selection rule said of itself; both empty if it is not readable.
+    """A few columns of a shard of samples without reading the rest (the annotation is most of it), and its
+    selection rule's description; both empty if it is not readable.
 
     The checksum covers the whole file and is not looked at: a report never renames what others work on.
     """

@@ -41,8 +41,8 @@ step() { # NAME FIRST_NODE NODES TASKS_PER_NODE DEVICES COMMAND...
 # Checks everything, then makes the run directory or finds it made by an earlier job.
 @FIRST@npd prepare "$CONFIG" "${SETTINGS[@]}"
 
-# One srun a step. What fails is started again; what is lost with its node is done without, where others of its role are
-# left. When the time limit is near, the trainer saves a checkpoint.
+# One srun a step. A step that fails is started again. If its node is lost, the run goes on without it as long as others
+# of its role are left. When the time limit is near, the trainer saves a checkpoint.
 npd supervise "$RUN/config.toml" "${steps[@]}" &
 supervisor=$!
 trap 'kill -USR1 "$supervisor"' USR1

@@ -29,7 +29,7 @@ class Crew:
         self.given_up = False
         """It failed for good, and others of its kind go on."""
         self.idle_returns = 0
-        """How often it left of itself since it last got further, and was needed at once."""
+        """How often it exited on its own and was needed again at once, since it last made progress."""
         self._environment = environment
         self._returned_with = -1
         self._ended: dict[int, str] = {}  # process id -> why it was killed
@@ -42,7 +42,8 @@ class Crew:
 
     @property
     def has_left(self) -> bool:
-        """Whether it neither runs nor is about to. One that has failed since `failed` was asked has not left."""
+        """Whether it neither runs nor is about to. A process that failed after the last `failed()` call counts as failed,
+        not as left."""
         return self.due is None and all(child.poll() == 0 for child in self.children)
 
     def start(self) -> None:
@@ -58,7 +59,7 @@ class Crew:
             self.children.append(Child(replace(command, env=command.env | self._environment)))
 
     def note_return(self) -> int:
-        """The role has left of itself and is needed: how often that happened without it getting further."""
+        """The role exited on its own and is needed: how often that happened without progress in between."""
         done = self._done()
         self.idle_returns = 1 if done != self._returned_with else self.idle_returns + 1
         self._returned_with = done

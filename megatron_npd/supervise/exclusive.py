@@ -30,7 +30,7 @@ def only_supervisor(run: RunDirectory, listen_seconds: float = LISTEN_SECONDS) -
     """
     with open(run.supervisor_lock, "a+") as lock:
         _take(lock, run)
-        # First shown, then looked: of two that start at once each sees the other.
+        # Announce first, then look: two that start at once see each other.
         with Heartbeat(run, SUPERVISOR):
             _refuse_beside_another_host(run, listen_seconds)
             yield

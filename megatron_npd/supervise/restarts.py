@@ -2,7 +2,7 @@
 
 Two failures belong together when the role got no further between them and they are at most
 `launch.restart_window_seconds` apart. "Further" is measured by what is in the run directory: a role that fails now and
-then and gets its work done goes on for ever, one that fails at the same place again and again is a crash loop.
+then and gets its work done goes on without end; one that fails at the same place again and again is a crash loop.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def related(failures: Sequence[Failure], launch: LaunchConfig) -> list[Failure]:
     """The newest failures that belong together; `failures` in the order of time, at least one."""
     newest = failures[-1]
     before = [failure.done for failure in failures]
-    # The role got further after a failure when a later one saw more done than any up to then.
+    # The role made progress after a failure when a later one saw more done than any up to then.
     start = len(failures) - 1
     while start and max(before[start:]) <= max(before[:start]):
         start -= 1

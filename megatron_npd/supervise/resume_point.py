@@ -11,7 +11,7 @@ from megatron_npd.run_directory import CHECKPOINT_STATE, LATEST_CHECKPOINT, RunD
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """What the current checkpoint says of itself."""
+    """Where the current checkpoint stands."""
 
     folder: Path
     step: int

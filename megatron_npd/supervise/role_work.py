@@ -30,7 +30,7 @@ class Role:
     is_done: Callable[[], bool]
     """Whether the run directory shows that nothing is left to do. May become false again: see `supervisor`."""
     done: Callable[[], int] = lambda: 0
-    """How much of its work the run directory holds: a number that grows as the role gets further."""
+    """How much of its work the run directory holds: a number that grows as the role makes progress."""
     kind: str = ""
     """What roles have in common that do the same work, so that a run can do without one of them."""
     is_wanted: Callable[[], bool] = lambda: True

@@ -1,4 +1,4 @@
-"""The supervisor's care for its crews: who failed, who is started again, who is needed again, who hangs."""
+"""What the supervisor does at each look: restarts, hangs, roles that are needed again."""
 
 from __future__ import annotations
 
@@ -151,8 +151,8 @@ class Shift:
         crew.due = time.monotonic() + delay
         count, most = len(related(crew.failures, self._launch)), self._launch.max_restarts
         self._console.say(
-            f"starting {crew.role.name} again in {delay:.0f} s, restart {count} of at most {most} without getting "
-            "further; the other roles go on"
+            f"starting {crew.role.name} again in {delay:.0f} s, restart {count} of at most {most} without "
+            "progress; the other roles go on"
         )
         return None
 
@@ -178,7 +178,7 @@ class Shift:
         failures = related(crew.failures, self._launch)
         if len(failures) > 1:
             span = failures[-1].time - failures[0].time
-            self._console.say(f"{crew.role.name} failed {len(failures)} times in {span:.0f} s and got no further:")
+            self._console.say(f"{crew.role.name} failed {len(failures)} times in {span:.0f} s and made no progress:")
             for failure in failures:
                 self._console.say(f"    {failure.how}")
         again = "when the fault is mended and it is started again, the run continues from here"

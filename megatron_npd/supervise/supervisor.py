@@ -1,7 +1,7 @@
 """The supervisor: starts the roles on this machine, starts again what fails, and leaves no process behind.
 
 A role that fails is started again, all its ranks together, while the others go on; one that keeps failing without
-getting further, or that refuses its input, ends the run (`restarts`). A role that left because its work was done is
+progress, or that refuses its input, ends the run (`restarts`). A role that left because its work was done is
 started again when work came back (a corrupt shard was quarantined). Whatever ends the run, `npd run` continues it from
 what is in the run directory.
 """

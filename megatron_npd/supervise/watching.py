@@ -1,4 +1,4 @@
-"""What the supervisor looks at besides its processes: whether they get further, and whether files can be written."""
+"""What the supervisor looks at besides its processes: whether they make progress, and whether files can be written."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class _Seen:
 
 
 class HangWatch:
-    """Notices processes, of this machine and of Slurm steps, that neither get further nor wait."""
+    """Notices processes, of this machine and of Slurm steps, that neither make progress nor wait."""
 
     def __init__(self, run: RunDirectory, hang_seconds: float):
         """`hang_seconds`: 0: notices nothing."""

@@ -136,7 +136,7 @@ class Annotator:
             logger.info("version %d: held-out KL %.4f nats/token", version, figures.heldout_kl)
             if heldout.kept_packs < len(heldout):
                 logger.info(
-                    "the teacher reads %d of %d held-out packs anew for every version: annotator.heldout_cache_gib = "
+                    "the teacher reads %d of %d held-out packs again for every version: annotator.heldout_cache_gib = "
                     "%g holds no more", len(heldout) - heldout.kept_packs, len(heldout),
                     self.config.annotator.heldout_cache_gib,
                 )  # fmt: skip

@@ -32,7 +32,7 @@ class HeldoutFigures:
 
 
 class HeldoutSet:
-    """The held-out pairs, packed, with what the teacher makes of them."""
+    """The held-out pairs, packed, and the teacher's hidden states of them."""
 
     def __init__(self, teacher: PrefillModel, pairs: list[Pair], pack_length: int, most_bytes: float):
         """`most_bytes`: host memory for hidden states; packs beyond it are read by the teacher for every version."""

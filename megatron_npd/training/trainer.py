@@ -69,7 +69,7 @@ class Trainer:
         self.drifted: set[str] = set()
         """Stages whose near-policy limit was passed, and that were warned of."""
         self._saved_step = 0
-        """Step of the newest checkpoint, current or under way; to begin anew is as good as one of step 0."""
+        """Step of the newest checkpoint, current or under way; starting over is as good as one of step 0."""
         self.position = self._resume()
         training = config.training
         self.checkpointer = Checkpointer(
@@ -221,7 +221,7 @@ class Trainer:
         return early and stage.version + 1 < self.plan.final_version
 
     def _wait_and_open(self, stage: Stage) -> StageIndex:
-        # The stage may be hours away, or made by the very version under way: what is done must be out and safe before.
+        # The stage may be hours away, or be sampled by the version being published: finish publishing and saving first.
         self._settle()
         wait_for_stage(self.run, self.config, stage, functools.partial(wait_together, self.parallel))
         return open_stage(self.run, self.config, stage, self.newest_version)

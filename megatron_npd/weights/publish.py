@@ -98,10 +98,7 @@ class Publisher:
         since = time.monotonic() if since is None else since
         target = self._open(version)
         self.snapshot.take(parameters)
-        files = [
-            (PlannedFile(self._files.name(copy.number), copy.bucket.tensors), copy.data)
-            for copy in self.snapshot.copies
-        ]
+        files = [(PlannedFile(self._files.name(copy.number), copy.bucket.tensors), copy.data) for copy in self.snapshot]
         share = Share(self.parallel.rank, files, probe)
         self._job = _Job(target, share, self._leads, since, time.monotonic() - since)
         self._job.start()
@@ -234,7 +231,7 @@ class _Files:
 
 def _agree_on_files(snapshot: Snapshot, parallel: Parallel) -> _Files:
     sizes = [bucket.nbytes for bucket in snapshot.plan]
-    writes = bool(snapshot.copies) or parallel.rank == parallel.logging_rank  # that one writes the parity probe
+    writes = any(True for _ in snapshot) or parallel.rank == parallel.logging_rank  # that one writes the parity probe
     told = gather_objects((parallel.pp_rank, sizes, writes), parallel)
     stages = {stage: sizes for stage, sizes, _ in told}
     return _Files(

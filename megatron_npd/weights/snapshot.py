@@ -22,8 +22,8 @@ _ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
-class Copy:
-    """One bucket in host memory."""
+class HostBucket:
+    """One bucket in host memory: whole tensors in Hugging Face's layout, one after another."""
 
     number: int
     """Place among the buckets of its stage."""
@@ -31,9 +31,18 @@ class Copy:
     data: torch.Tensor
     """uint8 [bucket.nbytes]: what its file holds behind the header."""
 
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(Hugging Face name, tensor) of each, as views of `data`."""
+        start = 0
+        for spec in self.bucket.tensors:
+            part = self.data[start : start + spec.nbytes]
+            yield spec.name, part.view(spec.dtype).view(spec.shape)
+            start += spec.nbytes
+
 
 class Snapshot:
-    """Copies a stage's parameters, each bucket to the one rank that will write it.
+    """Copies a stage's parameters, each bucket to the one rank that will write it. Iterating gives this rank's buckets
+    as of the last `take`: all that a transport of weights needs.
 
     The ranks of a stage are (replica, tensor-parallel rank) with replicas over data and context parallelism. A bucket
     is gathered within one replica's tensor-parallel group only, so each rank sends and holds about its fraction.
@@ -56,14 +65,12 @@ class Snapshot:
         mine = self._first_of_replica + parallel.tp_rank
         self._copies = self._allocate([n for n, writer in enumerate(self._writers) if writer == mine])
 
-    @property
-    def copies(self) -> list[Copy]:
-        """This rank's buckets, as of the last `take`."""
-        return list(self._copies.values())
+    def __iter__(self) -> Iterator[HostBucket]:
+        return iter(self._copies.values())
 
     @torch.no_grad()
     def take(self, parameters: Mapping[str, torch.Tensor]) -> None:
-        """Fill `copies`; the parameters may change as soon as it returns. A collective over tensor parallelism."""
+        """Copy the parameters, which may change as soon as it returns. A collective over tensor parallelism."""
         for number, bucket in enumerate(self.plan):
             owner = self._writers[number] - self._first_of_replica
             if 0 <= owner < self._parallel.tp_size:
@@ -76,22 +83,20 @@ class Snapshot:
         if self._parallel.device != "cpu":
             torch.cuda.current_stream().synchronize()
 
-    def _fill(self, copy: Copy, shards: Iterator[list[torch.Tensor]]) -> None:
-        mapped, start = parameter_map(self._dims), 0
+    def _fill(self, copy: HostBucket, shards: Iterator[list[torch.Tensor]]) -> None:
+        mapped, places = parameter_map(self._dims), dict(copy.tensors())
         for name, shards_of_one in zip(copy.bucket.parameters, shards, strict=True):
-            for tensor in unshard(mapped[name], shards_of_one, self._dims).values():
-                place = copy.data[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-                place.copy_(tensor, non_blocking=True)
-                start += tensor.nbytes
+            for hf_name, tensor in unshard(mapped[name], shards_of_one, self._dims).items():
+                places[hf_name].copy_(tensor, non_blocking=True)
 
-    def _allocate(self, numbers: list[int]) -> dict[int, Copy]:
+    def _allocate(self, numbers: list[int]) -> dict[int, HostBucket]:
         """Memory kept for every publication to come: fresh memory costs a page fault per page while training waits."""
         sizes = [-(-self.plan[number].nbytes // _ALIGNMENT) * _ALIGNMENT for number in numbers]
         on_gpu = self._parallel.device != "cpu"
         memory = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=on_gpu)
         starts = accumulate(sizes, initial=0)
         return {
-            number: Copy(number, bucket := self.plan[number], memory[start : start + bucket.nbytes])
+            number: HostBucket(number, bucket := self.plan[number], memory[start : start + bucket.nbytes])
             for number, start in zip(numbers, starts, strict=False)
         }
 

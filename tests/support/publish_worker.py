@@ -147,7 +147,7 @@ def train_on(worker: Worker, job: dict[str, Any]) -> dict[str, Any]:
     write_normally()
     worker.save(Path(job["out"]), "expected", at_publication)
     worker.save(Path(job["out"]), "trained", worker.now())
-    held = sum(copy.bucket.nbytes for copy in worker.publisher.snapshot.copies)
+    held = sum(copy.bucket.nbytes for copy in worker.publisher.snapshot)
     published = [asdict(published) for published in worker.published]
     return {"busy": busy, "early": early, "held": held, "published": published}
 

@@ -24,6 +24,5 @@ def make_sample(generator: np.random.Generator, prompt: int, response: int, k: i
 def positions_of(batch: PackedBatch) -> np.ndarray:
     """Position of every token of a whole pack inside its own sequence, int64 [T]."""
     bounds = batch.cu_seqlens
-    return np.concatenate(
-        [np.zeros(0, np.int64), *(np.arange(end - start) for start, end in itertools.pairwise(bounds))]
-    )
+    sequences = [np.arange(end - start) for start, end in itertools.pairwise(bounds)]
+    return np.concatenate([np.zeros(0, np.int64), *sequences])
