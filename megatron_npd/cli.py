@@ -68,8 +68,9 @@ def _run(arguments: Arguments) -> int:
 
 
 def _check(arguments: Arguments) -> None:
+    from megatron_npd.buffer.plan import make_plan
+    from megatron_npd.estimates.text import estimate, names_slurm
     from megatron_npd.prepare.dtype import decide_dtype, describe_dtype
-    from megatron_npd.prepare.estimate import estimate, names_slurm
     from megatron_npd.prepare.machine import machine_lines
     from megatron_npd.prepare.preflight import preflight
     from megatron_npd.prepare.prepare import check_directory
@@ -89,7 +90,9 @@ def _check(arguments: Arguments) -> None:
     print(f"prompts.train = {config.prompts.train}: {inputs.train}")
     print(f"prompts.heldout = {config.prompts.heldout}: {inputs.heldout}")
     print(describe_dtype(config))
-    print("\n".join(estimate(config, inputs, Path(arguments.rates) if arguments.rates else None)))
+    plan = make_plan(config, len(inputs.train.names), len(inputs.heldout.names))
+    rates = Path(arguments.rates) if arguments.rates else None
+    print("\n".join(estimate(config, inputs.teacher.dims, inputs.student.dims, plan, rates)))
     for line in machine_lines(config, inputs.teacher.dims, inputs.student.dims):
         print(line)
     print("ok: nothing was found that would keep this run from starting")

@@ -22,9 +22,9 @@ from megatron_npd.data.prompts import save_prompt_set
 from megatron_npd.estimates.phases import Course, Piece, RoundsBalance, measured_course, rounds_balance
 from megatron_npd.estimates.rates import Rates
 from megatron_npd.estimates.simulation import Span, Timeline, simulate
+from megatron_npd.estimates.text import workers_of
 from megatron_npd.estimates.workload import Workload, workload
 from megatron_npd.files import write_atomically, write_json
-from megatron_npd.prepare.estimate import workers_of
 from megatron_npd.process.metrics import Metrics
 from megatron_npd.roles import ANNOTATOR, ROLLOUT, TRAINER
 from megatron_npd.run_directory import RunDirectory

@@ -14,8 +14,8 @@ from places import TOOLS
 
 from megatron_npd.cli import main
 from megatron_npd.config import load_config
+from megatron_npd.estimates.text import device_of, workers_of
 from megatron_npd.hardware.device import device_here
-from megatron_npd.prepare.estimate import device_of, workers_of
 
 Check = Callable[..., tuple[int, str]]
 PLAN_CLUSTER = TOOLS / "plan_cluster.py"

@@ -14,8 +14,8 @@ from places import ROOT, SUPPORT, TOOLS
 
 from megatron_npd.cli import main
 from megatron_npd.errors import UserError
+from megatron_npd.estimates.text import device_of
 from megatron_npd.hardware import device
-from megatron_npd.prepare.estimate import device_of
 from megatron_npd.prepare.prepare import prepare
 from megatron_npd.process.metrics import read_metrics
 

@@ -15,9 +15,9 @@ from scaled_examples import NAMES
 
 from megatron_npd.cli import main
 from megatron_npd.config import load_config
+from megatron_npd.estimates.text import role_memories
 from megatron_npd.models.hf_config import read_model_dims
 from megatron_npd.prepare.dtype import decide_dtype
-from megatron_npd.prepare.estimate import role_memories
 from megatron_npd.slurm.placement import place_roles
 from megatron_npd.slurm.script import render
 from megatron_npd.versions.manifest import published_versions, verify_version

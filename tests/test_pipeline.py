@@ -22,10 +22,10 @@ from megatron_npd.config import load_config
 from megatron_npd.distributed.parallel import Parallel
 from megatron_npd.estimates.rates import read_rates
 from megatron_npd.estimates.simulation import simulate
+from megatron_npd.estimates.text import role_memories, workers_of
 from megatron_npd.estimates.workload import workload
 from megatron_npd.files import read_json
 from megatron_npd.models.hf_config import read_model_dims
-from megatron_npd.prepare.estimate import role_memories, workers_of
 from megatron_npd.process.metrics import read_metrics
 from megatron_npd.run_directory import RunDirectory
 from megatron_npd.versions.manifest import published_versions, verify_version

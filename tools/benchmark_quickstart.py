@@ -55,10 +55,10 @@ from megatron_npd.estimates.phases import (
 )
 from megatron_npd.estimates.rates import read_rates
 from megatron_npd.estimates.simulation import simulate
+from megatron_npd.estimates.text import workers_of
 from megatron_npd.estimates.workload import workload
 from megatron_npd.files import read_json, write_json
 from megatron_npd.hardware.matrix_rates import product_seconds
-from megatron_npd.prepare.estimate import workers_of
 from megatron_npd.prepare.preflight import check_models
 from megatron_npd.prepare.prepare import check_directory
 from megatron_npd.process.metrics import read_metrics

@@ -231,8 +231,8 @@ def _write(trainer: int, function: Any, *arguments: Any, **keywords: Any) -> Non
 
 
 def _end_with_a_killed_child() -> None:
-    """Megatron waits without end for a process that it split the writing over and that was killed; the trainer would too.
-    It looks at this process alone, so this one must end then."""
+    """Megatron never stops waiting for a process that it split the writing over and that was killed; nor would the
+    trainer. It looks at this process alone, so this one must end then."""
     children: list[BaseProcess] = []  # `active_children` forgets one that ends before it is asked
     start = ForkProcess.start
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from megatron_npd.config import Config
 from megatron_npd.errors import UserError
+from megatron_npd.estimates.text import names_slurm, role_memories, size_text
 from megatron_npd.hardware import device, host
 from megatron_npd.models.hf_config import ModelDims
-from megatron_npd.prepare.estimate import names_slurm, role_memories, size_text
 from megatron_npd.process.waiting import takes_turns
 from megatron_npd.roles import ANNOTATOR, SIDECAR, TRAINER
 

@@ -1,8 +1,8 @@
 """The supervisor inside a Slurm job: `npd supervise` watches srun steps as `npd run` watches processes of this machine.
 
 Every step is a role's part on some nodes. One that fails is started again; one whose node has left the job, or that
-keeps failing, is given up: the run goes on without it as long as the role has others. The batch script says what the steps are
-(`slurm.script`).
+keeps failing, is given up: the run goes on without it as long as the role has others. The batch script says what the
+steps are (`slurm.script`).
 """
 
 from __future__ import annotations

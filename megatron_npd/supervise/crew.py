@@ -42,8 +42,8 @@ class Crew:
 
     @property
     def has_left(self) -> bool:
-        """Whether it neither runs nor is about to. A process that failed after the last `failed()` call counts as failed,
-        not as left."""
+        """Whether it neither runs nor is about to. A process that failed after the last `failed()` call counts as
+        failed, not as left."""
         return self.due is None and all(child.poll() == 0 for child in self.children)
 
     def start(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_npd.buffer.plan import Plan, make_plan
+from megatron_npd.buffer.plan import Plan
 from megatron_npd.config import Config, SlurmConfig
 from megatron_npd.estimates.disk import disk_estimate
 from megatron_npd.estimates.division import Sizes, best_division
@@ -15,13 +15,15 @@ from megatron_npd.estimates.simulation import Timeline, Workers, simulate
 from megatron_npd.estimates.workload import workload
 from megatron_npd.hardware.device import Device, device_here
 from megatron_npd.models.hf_config import ModelDims
-from megatron_npd.prepare.preflight import Inputs
 from megatron_npd.process.durations import duration
 from megatron_npd.process.waiting import takes_turns
 from megatron_npd.roles import ROLES
+from megatron_npd.run_directory import HELDOUT_STAGE
 
 
-def estimate(config: Config, inputs: Inputs, rates_from: Path | None) -> Iterator[str]:
+def estimate(
+    config: Config, teacher: ModelDims, student: ModelDims, plan: Plan, rates_from: Path | None
+) -> Iterator[str]:
     """Lines for a reader.
 
     `rates_from`: a TOML file of rates or the directory of a run that measured them; None: no time is estimated.
@@ -30,9 +32,9 @@ def estimate(config: Config, inputs: Inputs, rates_from: Path | None) -> Iterato
         UserError: the rates cannot be read.
     """
     rates = read_rates(rates_from) if rates_from else None
-    plan = make_plan(config, len(inputs.train.names), len(inputs.heldout.names))
-    yield from _memory(config, inputs)
-    yield from _disk(config, plan, inputs.student.dims, rates)
+    heldout_prompts = len(plan.stages[HELDOUT_STAGE].prompt_index)
+    yield from _memory(config, teacher, student, heldout_prompts)
+    yield from _disk(config, plan, student, rates)
     yield from _time(config, plan, rates, rates_from)
 
 
@@ -71,12 +73,11 @@ def workers_of(config: Config) -> Workers:
     return Workers(replicas, 1, 1, teacher_sidecars=1, turns=takes_turns(config))
 
 
-def _memory(config: Config, inputs: Inputs) -> Iterator[str]:
+def _memory(config: Config, teacher: ModelDims, student: ModelDims, heldout_prompts: int) -> Iterator[str]:
     device = device_of(config)
     where = "a CPU" if device == "cpu" else "a GPU, beside what CUDA and NCCL take"
     yield f"memory of one process of each role on {where}:"
-    dims = inputs.teacher.dims, inputs.student.dims
-    for memory in role_memories(config, *dims, device, len(inputs.heldout.names)):
+    for memory in role_memories(config, teacher, student, device, heldout_prompts):
         limit = config.slurm.gpu_memory_gib
         too_much = device == "gpu" and memory.bytes > limit * 2**30
         excess = f"   MORE THAN slurm.gpu_memory_gib = {limit:g}" if too_much else ""
