@@ -15,7 +15,7 @@ from megatron_npd.roles import ANNOTATOR, SIDECAR, TRAINER
 
 CERTAIN_SHARE = 0.8
 """Of an estimated need, what a machine must have at least: the estimates are within 10 % of what is measured on a CPU
-(`tests/test_memory_estimate.py`), of shapes that were measured."""
+(`tests/estimates/test_memory_estimate.py`), of shapes that were measured."""
 
 
 @dataclass(frozen=True)

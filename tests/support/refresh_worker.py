@@ -1,4 +1,4 @@
-"""One rank of a trainer that publishes two versions of each of several students; started by test_rollout_engine.py.
+"""One rank of a trainer that publishes two versions of each of several students; started by test_engine.py.
 
 RANK=0 WORLD_SIZE=4 NPD_RENDEZVOUS=... python refresh_worker.py '["run_a/config.toml", "run_b/config.toml"]'
 """
