@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import quick
 from hypothesis import settings
 from inputs import Inputs
 
@@ -26,7 +27,40 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: a second thread c
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # How long an example takes says nothing on a machine that others use too.
 settings.register_profile("npd", deadline=None)
+settings.register_profile("quick", deadline=None, max_examples=20)
 settings.load_profile("npd")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="what needs neither torch nor transformers (`quick.py`)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--quick"):
+        settings.load_profile("quick")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    wanted = not config.getoption("--quick") or collection_path.suffix != ".py" or quick.is_quick_file(collection_path)
+    return None if wanted else True
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--quick"):
+        chosen = [item for item in items if quick.is_quick(item)]
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = chosen
+
+
+@pytest.fixture(autouse=True)
+def stays_quick(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With --quick, a test that imports torch must say so by the marker `heavy`."""
+    before = quick.imported_heavily()
+    yield
+    if request.config.getoption("--quick"):
+        assert quick.imported_heavily() == before, (
+            f"{request.node.name} imports {quick.imported_heavily()}: mark it heavy"
+        )
 
 
 @pytest.fixture(scope="module")

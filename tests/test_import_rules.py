@@ -7,6 +7,7 @@ cycles, but a door is a door for types as well.
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 
 import pytest
@@ -54,6 +55,7 @@ Imports = list[tuple[str, bool]]
 """(absolute dotted name, whether it is imported when the module is)"""
 
 
+@functools.cache
 def imports_of(source: str) -> Imports:
     """Every name a file imports; `from a import b` gives a.b (b may be a module or a name in it)."""
     tree = ast.parse(source)

@@ -2,8 +2,9 @@
 
 Counted is what one process holds at its fullest moment: on a GPU the device memory that torch takes, on a CPU what the
 kernel cannot take back (`process.memory`). The terms of activations follow what the layers keep for their backward
-pass, tensor by tensor (`tests/estimates/test_memory_estimate.py` counts them in a real model). After Korthikanti et al.,
-arXiv 2205.05198, for SwiGLU, grouped queries and packed sequences, without dropout and without materialised scores.
+pass, tensor by tensor (`tests/estimates/test_memory_estimate.py` counts them in a real model). After Korthikanti et
+al., arXiv 2205.05198, for SwiGLU, grouped queries and packed sequences, without dropout and without materialised
+scores.
 """
 
 from __future__ import annotations

@@ -44,6 +44,7 @@ def test_an_empty_shard_round_trips(tmp_path: Path) -> None:
     assert equal(read_shard(tmp_path / "u", "rollouts"), empty)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kind", ["rollouts", "samples"])
 @pytest.mark.parametrize("mask", [0x01, 0xFF])
 def test_every_flipped_byte_is_detected_or_harmless(tmp_path: Path, kind: str, mask: int) -> None:
@@ -63,6 +64,7 @@ def test_every_flipped_byte_is_detected_or_harmless(tmp_path: Path, kind: str, m
     assert undetected < 8  # padding between the header and the data
 
 
+@pytest.mark.heavy
 def test_every_truncation_is_detected(tmp_path: Path) -> None:
     path = tmp_path / "unit.safetensors"
     write_shard(path, make_shard("samples"))
@@ -241,6 +243,7 @@ def units_done(worker: subprocess.Popen[str]) -> list[int]:
     return [int(line) for line in output.split() if line != "ready"]
 
 
+@pytest.mark.heavy
 def test_two_workers_do_every_unit_once(tmp_path: Path) -> None:
     config = make_config(tmp_path / "run", rollout={"samples_per_unit": 2}, launch={"poll_seconds": 0.05})
     workers = [start_worker(config), start_worker(config)]
@@ -249,6 +252,7 @@ def test_two_workers_do_every_unit_once(tmp_path: Path) -> None:
     assert not list(RunDirectory(tmp_path / "run").lease("rollouts", "round_0000", 0).parent.iterdir())
 
 
+@pytest.mark.heavy
 def test_the_unit_of_a_killed_worker_is_taken_over(tmp_path: Path) -> None:
     launch = {"poll_seconds": 0.05, "lease_seconds": 1.0}
     config = make_config(tmp_path / "run", rollout={"samples_per_unit": 20}, launch=launch)

@@ -84,6 +84,7 @@ def test_sequences_that_do_not_divide_are_refused() -> None:
         context_parallel_positions(np.array([0, 8, 14]), 0, 2)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_positions_are_those_of_megatron(size: int) -> None:
     """Megatron rotates the local tokens of a packed sequence by the frequencies this function picks."""

@@ -129,6 +129,7 @@ def test_packing_is_balanced_where_samples_are_short() -> None:
     assert sums.max() / sums.mean() < 1.02
 
 
+@pytest.mark.heavy
 def test_a_hundred_thousand_samples_are_packed_in_seconds() -> None:
     lengths = length_mix("maths", 100_000, 0)
     started = time.process_time()

@@ -82,6 +82,7 @@ def test_its_vllm_says_what_an_environment_is_for(
     assert os.environ[device.VISIBLE] == ("" if expected == "cpu" else "3")
 
 
+@pytest.mark.slow  # imports vLLM in a process of its own
 @IN_CPU_ENVIRONMENT
 def test_vllm_itself_sees_it_the_same_way() -> None:
     done = on_a_workstation("-c", "from vllm.platforms import current_platform as p; print(p.is_cpu(), p.device_type)")
@@ -154,6 +155,7 @@ def test_gpus_that_slurm_gives_are_refused_by_a_role_that_would_not_use_them(
     assert line.startswith("npd: error: --slurm 0: gives GPUs to roles that compute on the CPU")
 
 
+@pytest.mark.slow
 @IN_CPU_ENVIRONMENT
 @pytest.mark.parametrize("door", ["mcore", "vllm_engine.start"])
 def test_whoever_comes_through_a_door_sees_no_gpu(door: str) -> None:

@@ -120,6 +120,7 @@ def test_what_is_waited_for_is_said_at_once(tmp_path: Path, caplog: pytest.LogCa
     assert caplog.messages[1:] == ["waiting for nobody"]
 
 
+@pytest.mark.heavy
 def test_waiting_for_ones_turn_is_waiting(tmp_path: Path) -> None:
     lock, states = tmp_path / "turn", []
     with turn(lock):
@@ -334,6 +335,7 @@ def keep_alive(path: Path, end: threading.Event) -> None:
         os.utime(path)
 
 
+@pytest.mark.heavy
 def test_a_supervisor_of_another_host_is_refused_while_it_lives(tmp_path: Path) -> None:
     run, end = RunDirectory(tmp_path), threading.Event()
     path = leave_sign(run, "supervisor", ELSEWHERE, 4711)

@@ -70,6 +70,7 @@ def rendered(name: str) -> str:
     return render(config, str(path.relative_to(EXAMPLES.parent)), [])
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", NAMES)
 def test_each_passes_the_check_before_its_weights_are_there(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

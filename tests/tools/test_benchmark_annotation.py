@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from places import TOOLS
 
+pytestmark = pytest.mark.heavy  # starts processes
+
 TOOL = TOOLS / "benchmark_annotation.py"
 TAU = 0.8
 

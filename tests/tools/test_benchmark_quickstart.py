@@ -30,6 +30,8 @@ from megatron_npd.roles import ANNOTATOR, ROLLOUT, TRAINER
 from megatron_npd.run_directory import RunDirectory
 from megatron_npd.schema import TEACHER_VERSION
 
+pytestmark = pytest.mark.heavy  # it draws reports
+
 TOOL = TOOLS / "benchmark_quickstart.py"
 PROMPTS, HELDOUT, KEPT_SHARE = 40, 10, 0.5
 BEGIN = 1_700_000_000.0

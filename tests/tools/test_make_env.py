@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 from places import ROOT
 
+pytestmark = pytest.mark.heavy  # starts processes
+
 SCRIPT = ROOT / "tools" / "make_env.sh"
 PYTHON = r"""#!/usr/bin/env bash
 # A Python 3.12 that makes environments of itself, unless the variables below say otherwise.
