@@ -49,7 +49,7 @@ def test_a_lease_nobody_touches_is_taken_over(tmp_path: Path, caplog: pytest.Log
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_a_lease_is_kept_alive_while_its_holder_works(tmp_path: Path) -> None:
     path = tmp_path / "unit.json"
     with lease(path, 1.5) as held:

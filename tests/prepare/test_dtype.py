@@ -64,11 +64,13 @@ def test_nodes_with_gpus_are_not_judged_by_the_login_node(inputs: Inputs) -> Non
     assert decide_dtype(inputs.config, measure=lambda _: POOR).models.dtype == "float32", "npd run computes here"
 
 
+@pytest.mark.slow  # measures matrix products in a process of its own
 def test_measurement_is_of_this_machine() -> None:
     rates = measure_rates(threads=1)
     assert rates.device == "cpu" and rates.float32 > 0.1 and rates.bfloat16 > 0.01, rates
 
 
+@pytest.mark.slow  # measures matrix products in a process of its own
 def test_processor_without_bfloat16_gets_float32(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in ONLY_AVX2.items():
         monkeypatch.setenv(name, value)
@@ -90,6 +92,7 @@ def prepared(inputs: Inputs, dtype: str) -> Config:
     return load_config(prepare(inputs.config).config)
 
 
+@pytest.mark.slow  # measures matrix products in a process of its own
 def test_decision_is_written_with_its_reason_and_kept(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
     """Continued on a machine where the measurement would say otherwise."""
     before = prepared(inputs, "bfloat16")
@@ -106,6 +109,7 @@ def test_decision_is_written_with_its_reason_and_kept(inputs: Inputs, monkeypatc
         prepare(inputs.config)
 
 
+@pytest.mark.slow  # measures matrix products in a process of its own
 def test_auto_is_decided_once(inputs: Inputs) -> None:
     config = prepared(inputs, "auto")
     assert config.models.dtype in ("bfloat16", "float32")
@@ -114,6 +118,7 @@ def test_auto_is_decided_once(inputs: Inputs) -> None:
     assert copied.models == config.models, "measured again"
 
 
+@pytest.mark.slow  # measures matrix products in a process of its own
 def test_reader_is_told(inputs: Inputs, capsys: pytest.CaptureFixture[str]) -> None:
     """By `npd check` before and after, by `npd prepare`, in summary and report."""
     inputs.set("models.dtype", "auto")
@@ -132,6 +137,7 @@ def test_reader_is_told(inputs: Inputs, capsys: pytest.CaptureFixture[str]) -> N
     assert models.dtype_reason in run.report.read_text()
 
 
+@pytest.mark.slow  # measures matrix products in a process of its own
 @pytest.mark.parametrize("dtype", ["auto", "float32"])
 def test_reason_of_another_run_decides_nothing(inputs: Inputs, dtype: str, capsys: pytest.CaptureFixture[str]) -> None:
     """A file made from the config.toml of another run brings its reason along."""

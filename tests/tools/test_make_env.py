@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from places import ROOT
 
-pytestmark = pytest.mark.heavy  # starts processes
+pytestmark = pytest.mark.slow  # starts processes
 
 SCRIPT = ROOT / "tools" / "make_env.sh"
 PYTHON = r"""#!/usr/bin/env bash
