@@ -9,7 +9,7 @@ Ragged columns are a flat array and an `offsets` array of N + 1 int64: sample i 
 
 from __future__ import annotations
 
-from enum import IntEnum
+from enum import IntEnum, StrEnum
 
 SCHEMA_VERSION = 2
 
@@ -69,3 +69,39 @@ COLUMNS = {"rollouts": ROLLOUT_COLUMNS, "samples": SAMPLE_COLUMNS}
 
 TEACHER_VERSION = -1
 """`policy_version` of responses sampled from the teacher (warm-up and held-out sets)."""
+
+
+class Event(StrEnum):
+    """What a metrics record is about (see `process.metrics`)."""
+
+    START = "start"
+    STEP = "step"
+    UNIT = "unit"
+    REFRESH = "refresh"
+    PUBLISH = "publish"
+    CHECKPOINT = "checkpoint"
+    EVALUATION = "evaluation"
+    MEMORY = "memory"
+    PHASE = "phase"
+    FAILURE = "failure"
+    RESTART = "restart"
+    STOP = "stop"
+
+
+class StepMetric(StrEnum):
+    """What the trainer records of an optimizer step; `training.step_metrics` says how each is computed."""
+
+    LOSS = "train/loss"
+    CE = "train/ce"
+    KD = "train/kd"
+    GRADIENT_NORM = "train/grad_norm"
+    LEARNING_RATE = "train/lr"
+    RESPONSE_TOKENS = "train/response_tokens"
+    TOKENS = "perf/tokens"
+    SECONDS = "perf/seconds"
+    TOKENS_PER_SECOND = "perf/tokens_per_second"
+    TFLOPS_PER_SECOND = "perf/model_tflops_per_second"
+    IMBALANCE = "perf/imbalance"
+    PACKING_EFFICIENCY = "buffer/packing_efficiency"
+    DRIFT = "near_policy/kl"
+    POLICY_LAG = "near_policy/lag"

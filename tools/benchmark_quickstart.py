@@ -64,6 +64,7 @@ from megatron_npd.prepare.prepare import check_directory
 from megatron_npd.process.metrics import read_metrics
 from megatron_npd.report.summary import summarise
 from megatron_npd.run_directory import RunDirectory
+from megatron_npd.schema import Event
 from megatron_npd.supervise.role_work import role_environment
 from megatron_npd.supervise.supervisor import STOP_SIGNALS
 
@@ -156,8 +157,8 @@ def measure(root: Path, rates_from: Path) -> dict[str, Any]:
         "machine": machine(config),
         "provenance": read_json(run.provenance),
         "dtype": config.models.dtype,
-        "supervisor_starts": _count(records, "start"),
-        "restarts": _count(records, "restart"),
+        "supervisor_starts": _count(records, Event.START),
+        "restarts": _count(records, Event.RESTART),
         "seconds": seconds,
         "ratios": {name: _ratios(seconds[name], seconds[MEASURED]) for name in (BY_RATES, BY_OWN_RATES)},
         "rounds": {

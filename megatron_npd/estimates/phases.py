@@ -18,6 +18,7 @@ from megatron_npd.estimates.rates import Rates
 from megatron_npd.estimates.simulation import Span, Timeline, Workers
 from megatron_npd.process.metrics import busy_span
 from megatron_npd.roles import ANNOTATOR, ROLLOUT, ROLLOUT_TEACHER, SUPERVISOR, TRAINER
+from megatron_npd.schema import Event
 
 Record = dict[str, Any]
 
@@ -27,14 +28,14 @@ START, ROLLOUTS, ANNOTATION, EVALUATION, TRAINING, PUBLICATION, CHECKPOINT, REFR
 """What a piece may be. A publication counts for as long as training stands still, a refresh as generation does."""
 
 KIND_OF_RECORD = {
-    (ROLLOUT_TEACHER, "unit"): ROLLOUTS,
-    (ROLLOUT, "unit"): ROLLOUTS,
-    (ROLLOUT, "refresh"): REFRESH,
-    (ANNOTATOR, "unit"): ANNOTATION,
-    (ANNOTATOR, "evaluation"): EVALUATION,
-    (TRAINER, "step"): TRAINING,
-    (TRAINER, "publish"): PUBLICATION,
-    (TRAINER, "checkpoint"): CHECKPOINT,
+    (ROLLOUT_TEACHER, Event.UNIT): ROLLOUTS,
+    (ROLLOUT, Event.UNIT): ROLLOUTS,
+    (ROLLOUT, Event.REFRESH): REFRESH,
+    (ANNOTATOR, Event.UNIT): ANNOTATION,
+    (ANNOTATOR, Event.EVALUATION): EVALUATION,
+    (TRAINER, Event.STEP): TRAINING,
+    (TRAINER, Event.PUBLISH): PUBLICATION,
+    (TRAINER, Event.CHECKPOINT): CHECKPOINT,
 }
 """Role and event -> kind. The annotator's `refresh` is left out: it lies within its units and evaluations."""
 KIND_OF_STAGE_WORK = {ROLLOUT: ROLLOUTS, ANNOTATOR: ANNOTATION, TRAINER: TRAINING}
@@ -134,7 +135,7 @@ def rounds_balance(course: Course, plan: Plan) -> RoundsBalance:
 def _piece_of_record(record: Record) -> Piece | None:
     """None: the record is of no work, or of work that another record holds."""
     role, event, end = record.get("role"), record.get("event"), record["time"]
-    if event == "start":
+    if event == Event.START:
         # An engine may wait between its imports and its start, for a version to load: here they are put together.
         seconds = record.get("import_seconds", 0.0) + record.get("seconds", 0.0)
         return Piece(START, role, end - seconds, end)

@@ -17,6 +17,7 @@ from megatron_npd.errors import UserError
 from megatron_npd.process.metrics import read_metrics
 from megatron_npd.roles import ANNOTATOR, ROLLOUT, ROLLOUT_TEACHER, SUPERVISOR, TRAINER
 from megatron_npd.run_directory import HELDOUT_STAGE, WARMUP_STAGE, RunDirectory
+from megatron_npd.schema import Event, StepMetric
 
 Record = dict[str, Any]
 
@@ -137,10 +138,10 @@ def rates_of_run(run: RunDirectory) -> Rates:
         raise UserError(f"{run.root}: no config.toml in it; must be a run directory or a TOML file of rates")
     config = load_config(run.config)
     measured = _Measured(run)
-    steps = measured.all(TRAINER, "step")
-    units = measured.all(ANNOTATOR, "unit")
-    rollouts = measured.all(ROLLOUT, "unit")
-    everything = rollouts + measured.all(ROLLOUT_TEACHER, "unit")
+    steps = measured.all(TRAINER, Event.STEP)
+    units = measured.all(ANNOTATOR, Event.UNIT)
+    rollouts = measured.all(ROLLOUT, Event.UNIT)
+    everything = rollouts + measured.all(ROLLOUT_TEACHER, Event.UNIT)
     by_students = [unit for unit in units if unit["stage"] != WARMUP_STAGE]
     if not by_students:
         raise measured.lacks(ANNOTATOR, "unit of a round")
@@ -157,29 +158,29 @@ def rates_of_run(run: RunDirectory) -> Rates:
             warmup_prefilled_tokens=_ratio(by_teacher, "tokens", "samples") if by_teacher else 0.0,
         ),
         launch=LaunchRates(
-            start_seconds=_mean(measured.all(SUPERVISOR, "start"), "import_seconds"),
+            start_seconds=_mean(measured.all(SUPERVISOR, Event.START), "import_seconds"),
             finish_seconds=measured.finish_seconds(),
         ),
         trainer=TrainerRates(
             start_seconds=measured.start_seconds(TRAINER),
-            tokens_per_second=_ratio(steps, "perf/tokens", "seconds") / config.training.data_parallel_size,
-            publish_stall_seconds=_mean(measured.all(TRAINER, "publish"), "stall_seconds"),
-            publish_seconds=_mean(measured.all(TRAINER, "publish"), "seconds"),
-            checkpoint_seconds=_mean(measured.all(TRAINER, "checkpoint"), "seconds"),
+            tokens_per_second=_ratio(steps, StepMetric.TOKENS, "seconds") / config.training.data_parallel_size,
+            publish_stall_seconds=_mean(measured.all(TRAINER, Event.PUBLISH), "stall_seconds"),
+            publish_seconds=_mean(measured.all(TRAINER, Event.PUBLISH), "seconds"),
+            checkpoint_seconds=_mean(measured.all(TRAINER, Event.CHECKPOINT), "seconds"),
         ),
         annotator=AnnotatorRates(
             start_seconds=measured.start_seconds(ANNOTATOR),
             tokens_per_second=_ratio(units, "tokens", "seconds"),
-            load_seconds=_mean(measured.all(ANNOTATOR, "refresh"), "seconds"),
+            load_seconds=_mean(measured.all(ANNOTATOR, Event.REFRESH), "seconds"),
         ),
         rollout=RolloutRates(
             start_seconds=measured.start_seconds(ROLLOUT),
             tokens_per_second=_ratio(rollouts, "response_tokens", "seconds"),
-            refresh_seconds=_mean(measured.some(ROLLOUT, "refresh"), "seconds"),
+            refresh_seconds=_mean(measured.some(ROLLOUT, Event.REFRESH), "seconds"),
         ),
         rollout_teacher=RolloutRates(
             start_seconds=measured.start_seconds(ROLLOUT_TEACHER),
-            tokens_per_second=_ratio(measured.all(ROLLOUT_TEACHER, "unit"), "response_tokens", "seconds"),
+            tokens_per_second=_ratio(measured.all(ROLLOUT_TEACHER, Event.UNIT), "response_tokens", "seconds"),
         ),
     )
 
@@ -211,7 +212,7 @@ class _Measured:
         return UserError(f"{self._root}: no {what} of the {role} was measured; must be a run that trained on a round")
 
     def start_seconds(self, role: str) -> float:
-        starts = self.all(role, "start")
+        starts = self.all(role, Event.START)
         return _mean(starts, "import_seconds") + _mean(starts, "seconds")
 
     def finish_seconds(self) -> float:
@@ -223,7 +224,9 @@ def _kept_positions(config: Config, steps: Iterable[Record], units: Iterable[Rec
     distinct = {record["step"]: record for record in steps}.values()
     trained = {record["stage"] for record in distinct}
     untrained = sum(unit["kept"] for unit in units if unit["stage"] not in trained | {HELDOUT_STAGE})
-    tokens = sum(r["perf/tokens"] * r["buffer/packing_efficiency"] / epochs_of(config, r["stage"]) for r in distinct)
+    tokens = sum(
+        r[StepMetric.TOKENS] * r[StepMetric.PACKING_EFFICIENCY] / epochs_of(config, r["stage"]) for r in distinct
+    )
     kept = sum(unit["kept"] for unit in units)
     return tokens * kept / max(kept - untrained, 1)
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_npd.run_directory import RunDirectory
+from megatron_npd.schema import StepMetric
 
 INSTANCE = "NPD_INSTANCE"
 """Environment variable: tells this process from others of its role, where there are several."""
@@ -67,7 +68,7 @@ def process_seconds() -> float:
 
 def busy_span(record: dict[str, Any]) -> tuple[float, float] | None:
     """When (Unix seconds, from and to) a record's role did nothing else; None if the record does not say."""
-    seconds = _finite(record, "seconds") or _finite(record, "perf/seconds")
+    seconds = _finite(record, "seconds") or _finite(record, StepMetric.SECONDS)
     if not seconds:
         return None
     stall = _finite(record, "stall_seconds")

@@ -13,7 +13,7 @@ from matplotlib.ticker import EngFormatter
 
 from megatron_npd.process.metrics import busy_span
 from megatron_npd.run_directory import HELDOUT_STAGE, WARMUP_STAGE
-from megatron_npd.schema import Verdict
+from megatron_npd.schema import Event, StepMetric, Verdict
 
 Record = dict[str, Any]
 Scores = dict[str, np.ndarray]
@@ -46,7 +46,7 @@ STYLE = {
 
 def distinct_steps(records: list[Record]) -> list[Record]:
     """Optimizer steps by number; of one redone after a restart, the last record."""
-    steps = {record["step"]: record for record in records if record.get("event") == "step" and "step" in record}
+    steps = {record["step"]: record for record in records if record.get("event") == Event.STEP and "step" in record}
     return [steps[number] for number in sorted(steps)]
 
 
@@ -71,7 +71,7 @@ def plot_heldout(kl_by_version: dict[str, float | None], settings: dict[str, Any
 
 def plot_loss(steps: list[Record]) -> Figure | None:
     """Loss, CE and KD by step over shaded stages."""
-    series = [("train/ce", "CE", GREY), ("train/kd", "KD", ORANGE), ("train/loss", "loss", BLUE)]
+    series = [(StepMetric.CE, "CE", GREY), (StepMetric.KD, "KD", ORANGE), (StepMetric.LOSS, "loss", BLUE)]
     lines = [(label, colour, *_series(steps, key)) for key, label, colour in series]
     if not any(len(x) for _, _, x, _ in lines):
         return None
@@ -176,10 +176,10 @@ def plot_roles(records: list[Record], steps: list[Record]) -> Figure | None:
         x, y = _series(chosen, key, "time")
         axes.step((x - begin) / scale, np.cumsum(y), where="post", color=colour, label=label, linewidth=1.6)
 
-    in_rounds = [r for r in records if r.get("event") == "unit" and str(r.get("stage", "")).startswith("round_")]
+    in_rounds = [r for r in records if r.get("event") == Event.UNIT and str(r.get("stage", "")).startswith("round_")]
     cumulate(samples, [r for r in in_rounds if "kept" not in r], "samples", "generated", BLUE)
     cumulate(samples, [r for r in in_rounds if "kept" in r], "kept", "kept", GREEN)
-    cumulate(tokens, steps, "train/response_tokens", "trained on", ORANGE)
+    cumulate(tokens, steps, StepMetric.RESPONSE_TOKENS, "trained on", ORANGE)
     for axes, label in ((samples, "samples of\nthe rounds"), (tokens, "response\ntokens")):
         axes.set_ylabel(label)
         axes.set_ylim(bottom=0)
@@ -201,7 +201,7 @@ def plot_roles(records: list[Record], steps: list[Record]) -> Figure | None:
 def plot_drift(steps: list[Record], limit: float | None) -> Figure | None:
     """Near-policy KL by step of the rounds, with its limit."""
     rounds = [step for step in steps if str(step.get("stage", "")).startswith("round_")]
-    x, y = _series(rounds, "near_policy/kl")
+    x, y = _series(rounds, StepMetric.DRIFT)
     if not len(x):
         return None
     figure, axes = _axes(3.0, "optimizer step", "nats a token")

@@ -33,7 +33,8 @@ from megatron_npd.files import read_json
 from megatron_npd.process.heartbeat import QUIET_SECONDS, Sign, read_signs
 from megatron_npd.roles import TRAINER
 from megatron_npd.run_directory import HELDOUT_STAGE, RunDirectory
-from megatron_npd.supervise.journal import FAILURE, RESTART, read_journal
+from megatron_npd.schema import Event, StepMetric
+from megatron_npd.supervise.journal import read_journal
 from megatron_npd.supervise.progress import last_record
 from megatron_npd.supervise.resume_point import ResumePoint, resume_point
 from megatron_npd.versions.manifest import published_versions
@@ -143,21 +144,21 @@ def _checkpoint(point: ResumePoint, now: float) -> dict[str, Any]:
 
 
 def _last_step(run: RunDirectory) -> dict[str, Any] | None:
-    record = last_record(run.metrics(TRAINER), "step")
-    return record and {"step": record.get("step"), "stage": record.get("stage"), "loss": record.get("train/loss")}
+    record = last_record(run.metrics(TRAINER), Event.STEP)
+    return record and {"step": record.get("step"), "stage": record.get("stage"), "loss": record.get(StepMetric.LOSS)}
 
 
 def _failures(run: RunDirectory) -> dict[str, Any]:
     journal = read_journal(run)
     counts = {
         event: Counter(str(record.get("of")) for record in journal if record["event"] == event)
-        for event in (FAILURE, RESTART)
+        for event in (Event.FAILURE, Event.RESTART)
     }
-    last = next((record for record in reversed(journal) if record["event"] == FAILURE), None)
+    last = next((record for record in reversed(journal) if record["event"] == Event.FAILURE), None)
     if last is not None:  # of this supervisor's host, whose clock wrote it
         age = max(time.time() - last.get("time", 0.0), 0.0)
         last = {key: last.get(key) for key in ("of", "how", "restart_in")} | {"age": age}
-    return {"failures": dict(counts[FAILURE]), "restarts": dict(counts[RESTART]), "last_failure": last}
+    return {"failures": dict(counts[Event.FAILURE]), "restarts": dict(counts[Event.RESTART]), "last_failure": last}
 
 
 def _quarantined(run: RunDirectory) -> Iterator[Path]:

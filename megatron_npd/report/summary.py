@@ -42,7 +42,7 @@ from megatron_npd.report.page import render_report
 from megatron_npd.report.plots import distinct_steps
 from megatron_npd.roles import TRAINER
 from megatron_npd.run_directory import WARMUP_STAGE, RunDirectory, round_stage
-from megatron_npd.schema import Verdict
+from megatron_npd.schema import Event, StepMetric, Verdict
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def summarise(run: RunDirectory, config: Config) -> dict[str, Any]:
     """The figures of a run (see the module), as JSON values without NaN."""
     records = _records(run)
     provenance = _json_or_empty(run.provenance)
-    starts = [record for record in records if (record["role"], record["event"]) == (TRAINER, "start")]
+    starts = [record for record in records if (record["role"], record["event"]) == (TRAINER, Event.START)]
     summary = {
         "run": str(run.root),
         **_rollouts(run),
@@ -190,13 +190,13 @@ def _generated(run: RunDirectory, stage: str) -> int | None:
 def _training(records: list[Record]) -> dict[str, Any]:
     steps = distinct_steps(records)
     rounds = [step for step in steps if str(step.get("stage", "")).startswith("round_")]
-    drift = _finite(rounds, "near_policy/kl")
-    computed = [(_number(step, "buffer/packing_efficiency"), _number(step, "perf/tokens")) for step in steps]
+    drift = _finite(rounds, StepMetric.DRIFT)
+    computed = [(_number(step, StepMetric.PACKING_EFFICIENCY), _number(step, StepMetric.TOKENS)) for step in steps]
     weighed = [(share, tokens) for share, tokens in computed if share is not None and tokens]
     return {
         "rounds": len({step["stage"] for step in rounds}) if steps else None,
         "optimizer_steps": len(steps) or None,
-        "trained_tokens": sum(_finite(steps, "train/response_tokens")) if steps else None,
+        "trained_tokens": sum(_finite(steps, StepMetric.RESPONSE_TOKENS)) if steps else None,
         "packing_efficiency": _ratio(sum(share * n for share, n in weighed), sum(n for _, n in weighed)),
         "near_policy_kl": {"max": max(drift), "last": drift[-1]} if drift else None,
     }
@@ -226,8 +226,8 @@ def _tokens_per_second(records: list[Record]) -> dict[str, float | None] | None:
     tokens: dict[str, float] = defaultdict(float)
     seconds: dict[str, float] = defaultdict(float)
     for record in records:
-        if record["event"] in ("unit", "step"):
-            keys = ("perf/tokens", "tokens", "response_tokens")
+        if record["event"] in (Event.UNIT, Event.STEP):
+            keys = (StepMetric.TOKENS, "tokens", "response_tokens")
             tokens[record["role"]] += next((n for key in keys if (n := _number(record, key)) is not None), 0.0)
             seconds[record["role"]] += _busy_seconds(record)
     return {role: _ratio(tokens[role], seconds[role]) for role in sorted(tokens)} or None
@@ -258,7 +258,7 @@ def _parity(records: list[Record]) -> dict[str, Any] | None:
 def _publishing(records: list[Record]) -> dict[str, Any] | None:
     """What publishing each version cost; a version is published once."""
     keys = ("bytes", "seconds", "stall_seconds")
-    published = (record for record in records if record["event"] == "publish" and "version" in record)
+    published = (record for record in records if record["event"] == Event.PUBLISH and "version" in record)
     return {str(record["version"]): {key: _number(record, key) for key in keys} for record in published} or None
 
 

@@ -27,7 +27,7 @@ from megatron_npd.process.waiting import wait_for
 from megatron_npd.roles import SIDECAR, TEACHER
 from megatron_npd.rollout.parity import Parity, check_parity
 from megatron_npd.run_directory import RunDirectory
-from megatron_npd.schema import ROLLOUT_COLUMNS, TEACHER_VERSION, FinishReason
+from megatron_npd.schema import ROLLOUT_COLUMNS, TEACHER_VERSION, Event, FinishReason
 from megatron_npd.versions.manifest import published_versions, read_parity_probe
 from megatron_npd.vllm_engine.engine import Request, Response, RolloutEngine
 
@@ -110,7 +110,7 @@ def _start_engine(sidecar: Sidecar, folder: Path, version: int) -> RolloutEngine
         engine = RolloutEngine(folder, version, config.rollout, models.dtype, longest, models.trust_remote_code)
         parity = None if version == TEACHER_VERSION else check_parity(engine, read_parity_probe(folder), config.rollout)
     seconds = time.monotonic() - since
-    _report(sidecar, "start", engine, parity, seconds, import_seconds=sidecar.context.import_seconds)
+    _report(sidecar, Event.START, engine, parity, seconds, import_seconds=sidecar.context.import_seconds)
     return engine
 
 
@@ -126,7 +126,7 @@ def _reach_version(sidecar: Sidecar, engine: RolloutEngine, wanted: int) -> None
         parity = check_parity(engine, staged.probe, sidecar.config.rollout)
         stall = time.monotonic() - since
         figures = {"bytes": staged.copy.weight_bytes, "verify_seconds": staged.seconds, "stall_seconds": stall}
-    _report(sidecar, "refresh", engine, parity, stall, **figures)
+    _report(sidecar, Event.REFRESH, engine, parity, stall, **figures)
 
 
 def _generate_stage(sidecar: Sidecar, engine: RolloutEngine, stage: Stage) -> None:
@@ -139,7 +139,7 @@ def _generate_stage(sidecar: Sidecar, engine: RolloutEngine, stage: Stage) -> No
             write_shard(sidecar.run.unit("rollouts", stage.name, unit), shard)
         _report_unit(sidecar, stage, shard, unit, time.monotonic() - since)
         release_unused()
-        sidecar.context.log("memory", **sidecar.context.memory.record())
+        sidecar.context.log(Event.MEMORY, **sidecar.context.memory.record())
 
 
 def _wait_for_room(sidecar: Sidecar, stage: Stage) -> None:
@@ -194,9 +194,9 @@ def make_shard(
 
 
 def _report(
-    sidecar: Sidecar, event: str, engine: RolloutEngine, parity: Parity | None, seconds: float, **figures: float
+    sidecar: Sidecar, event: Event, engine: RolloutEngine, parity: Parity | None, seconds: float, **figures: float
 ) -> None:
-    """Log and record that the engine serves a version, `event` start or refresh."""
+    """Log and record that the engine serves a version, `event` START or REFRESH."""
     if parity:
         figures |= {"parity_mean": parity.mean, "parity_max": parity.max}
     sidecar.context.log(event, version=engine.version, seconds=seconds, **figures)
@@ -211,7 +211,7 @@ def _report_unit(sidecar: Sidecar, stage: Stage, shard: Shard, unit: int, second
     samples, tokens = len(shard), len(shard["response_ids"])
     finished = float(np.mean(shard["finish_reason"] == FinishReason.STOP))
     sidecar.context.log(
-        "unit",
+        Event.UNIT,
         stage=stage.name,
         unit=unit,
         samples=samples,

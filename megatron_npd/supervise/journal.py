@@ -13,8 +13,7 @@ from typing import Any
 from megatron_npd.process.metrics import Metrics
 from megatron_npd.roles import SUPERVISOR
 from megatron_npd.run_directory import RunDirectory
-
-START, FAILURE, RESTART, STOP, PHASE = "start", "failure", "restart", "stop", "phase"
+from megatron_npd.schema import Event
 
 
 class Journal:
@@ -24,7 +23,7 @@ class Journal:
         self._path = run.metrics(SUPERVISOR)
         self._metrics: Metrics | None = None
 
-    def record(self, event: str, **values: Any) -> None:
+    def record(self, event: Event, **values: Any) -> None:
         """Append one record, if it can be."""
         with contextlib.suppress(OSError):
             self._metrics = self._metrics or Metrics(self._path, SUPERVISOR)

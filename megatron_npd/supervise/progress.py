@@ -16,9 +16,10 @@ from megatron_npd.process.heartbeat import read_signs
 from megatron_npd.process.logs import tail
 from megatron_npd.roles import TRAINER
 from megatron_npd.run_directory import HELDOUT_STAGE, RunDirectory
+from megatron_npd.schema import Event, StepMetric
 from megatron_npd.supervise.children import Child
 from megatron_npd.supervise.console import PART
-from megatron_npd.supervise.journal import PHASE, Journal
+from megatron_npd.supervise.journal import Journal
 
 FINISHING = "finishing"
 """Phase after the last unit is annotated: the rest of the training, publishing, evaluation."""
@@ -37,7 +38,7 @@ class Progress:
         each role is doing, who waits behind who works."""
         parts = [self._stage_text()]
         if step := self._last_step():
-            loss = step.get("train/loss")
+            loss = step.get(StepMetric.LOSS)
             parts.append(f"step {step.get('step')}" + (f" loss {loss:.4f}" if isinstance(loss, float) else ""))
         return PART.join(parts + self._activities(running))
 
@@ -76,11 +77,11 @@ class Progress:
         if phase != self._phase:
             now = time.monotonic()
             if self._phase:
-                self._journal.record(PHASE, name=self._phase, seconds=now - self._since)
+                self._journal.record(Event.PHASE, name=self._phase, seconds=now - self._since)
             self._phase, self._since = phase, now
 
     def _last_step(self) -> dict[str, Any] | None:
-        return last_record(self._run.metrics(TRAINER), "step")
+        return last_record(self._run.metrics(TRAINER), Event.STEP)
 
 
 def last_record(path: Path, event: str) -> dict[str, Any] | None:

@@ -10,11 +10,12 @@ from megatron_npd.config import LaunchConfig
 from megatron_npd.errors import NODE_LOST_STATUS, USAGE_STATUS, storage_reason
 from megatron_npd.process.logs import first_failed_task, tail
 from megatron_npd.run_directory import RunDirectory
+from megatron_npd.schema import Event
 from megatron_npd.supervise.children import Child
 from megatron_npd.supervise.console import Console
 from megatron_npd.supervise.crew import Crew
 from megatron_npd.supervise.guardian import Guardian
-from megatron_npd.supervise.journal import FAILURE, RESTART, Journal
+from megatron_npd.supervise.journal import Journal
 from megatron_npd.supervise.leftovers import return_stale_leases
 from megatron_npd.supervise.restarts import delay_before_restart, related
 from megatron_npd.supervise.role_work import Role
@@ -109,7 +110,7 @@ class Shift:
             if crew.role.is_done():  # it failed when its work was finished
                 self._console.say(f"{crew.role.name} is not started again: its work is done")
                 return None
-        self._journal.record(RESTART, of=crew.role.name)
+        self._journal.record(Event.RESTART, of=crew.role.name)
         return self._start(crew, " again")
 
     def _start(self, crew: Crew, words: str) -> int | None:
@@ -134,7 +135,7 @@ class Shift:
             self._console.say(f"nothing can be written to the run directory: {trouble}")
         lost = crew.role.is_lost()
         delay = None if crew.refuses or lost else delay_before_restart(crew.failures, self._launch)
-        self._journal.record(FAILURE, of=crew.role.name, how=failure.how, status=failure.status, restart_in=delay)
+        self._journal.record(Event.FAILURE, of=crew.role.name, how=failure.how, status=failure.status, restart_in=delay)
         if delay is None and self._can_do_without(crew):
             crew.given_up = True
             why = "its node is no longer part of this job" if lost else "it keeps failing"

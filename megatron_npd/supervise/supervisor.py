@@ -29,11 +29,12 @@ from megatron_npd.process.heartbeat import clock_oddity
 from megatron_npd.process.metrics import process_seconds
 from megatron_npd.roles import SUPERVISOR
 from megatron_npd.run_directory import RunDirectory
+from megatron_npd.schema import Event
 from megatron_npd.supervise.children import Child, stop
 from megatron_npd.supervise.console import Console
 from megatron_npd.supervise.exclusive import only_supervisor
 from megatron_npd.supervise.guardian import Guardian
-from megatron_npd.supervise.journal import START, STOP, Journal
+from megatron_npd.supervise.journal import Journal
 from megatron_npd.supervise.leftovers import remove_dead_signs, remove_unfinished, return_stale_leases
 from megatron_npd.supervise.progress import Progress
 from megatron_npd.supervise.role_work import Role, roles_of
@@ -83,7 +84,7 @@ def watch_run(run: RunDirectory, config: Config, console: Console, roles_of_plan
     console.say(f"run directory {run.root}")
     console.say(describe_dtype(config))
     _clean_up(run, console)
-    journal.record(START, import_seconds=process_seconds())
+    journal.record(Event.START, import_seconds=process_seconds())
     status = watch(run, roles_of_plan(plan), console, journal, progress.describe, config.launch)
     progress.finish()
     return status
@@ -116,7 +117,7 @@ def watch(
                 time.sleep(POLL_SECONDS)
             number = signal.Signals(requests[0])
             console.say(f"{number.name}: {REASONS.get(number, '')}stopping the roles (once more to kill them at once)")
-            journal.record(STOP, signal=number.name)
+            journal.record(Event.STOP, signal=number.name)
             return 128 + number
         finally:
             # Every way out of this function, an exception included, ends here. Hurried by the same signal again:

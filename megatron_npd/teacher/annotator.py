@@ -34,7 +34,7 @@ from megatron_npd.process.activity import doing
 from megatron_npd.process.memory import release_unused
 from megatron_npd.roles import ANNOTATOR
 from megatron_npd.run_directory import HELDOUT_STAGE
-from megatron_npd.schema import TEACHER_VERSION, Verdict
+from megatron_npd.schema import TEACHER_VERSION, Event, Verdict
 from megatron_npd.teacher.annotation import annotate_shard
 from megatron_npd.teacher.heldout import HeldoutSet
 from megatron_npd.teacher.prefill import PrefillModel
@@ -93,7 +93,7 @@ class Annotator:
         if self.parallel.rank == 0:
             context.open_metrics()
         seconds = time.monotonic() - context.started
-        context.log("start", import_seconds=context.import_seconds, seconds=seconds, attention_backend=backend)
+        context.log(Event.START, import_seconds=context.import_seconds, seconds=seconds, attention_backend=backend)
 
     def next_task(self) -> Task | None:
         """The next thing to do, the same on every rank; None when the run needs no annotator any more."""
@@ -132,7 +132,7 @@ class Annotator:
             seconds = time.monotonic() - started
         if self.parallel.rank == 0:
             write_json(self.run.evaluation(version), {"version": version, **asdict(figures)})
-            self.context.log("evaluation", version=version, seconds=seconds, **asdict(figures))
+            self.context.log(Event.EVALUATION, version=version, seconds=seconds, **asdict(figures))
             logger.info("version %d: held-out KL %.4f nats/token", version, figures.heldout_kl)
             if heldout.kept_packs < len(heldout):
                 logger.info(
@@ -194,7 +194,7 @@ class Annotator:
         with verified(folder, version):
             self.student.load(folder)
         self.student_version = version
-        self.context.log("refresh", version=version, seconds=time.monotonic() - started)
+        self.context.log(Event.REFRESH, version=version, seconds=time.monotonic() - started)
 
     def _heldout_set(self) -> HeldoutSet | None:
         """The held-out set, read once; None if a shard was corrupt."""
@@ -227,7 +227,7 @@ class Annotator:
         counts = Counter(Verdict(verdict).name.lower() for verdict in samples["verdict"])
         kept = counts.pop("kept", 0)
         self.context.log(
-            "unit",
+            Event.UNIT,
             stage=stage.name,
             unit=unit,
             samples=len(samples),
@@ -247,7 +247,7 @@ class Annotator:
     def _look_at_memory(self) -> None:
         """Say what was needed at most so far, and keep no more than is in use."""
         release_unused()
-        self.context.log("memory", **self.context.memory.record())
+        self.context.log(Event.MEMORY, **self.context.memory.record())
 
     def _turn(self) -> contextlib.AbstractContextManager[None]:
         return self.context.turn(takes_it=self.parallel.rank == 0)

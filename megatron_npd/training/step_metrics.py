@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_npd.schema import StepMetric
 from megatron_npd.training.step import StepSums
 
 
@@ -34,19 +35,20 @@ class StepReport:
     def metrics(self) -> dict[str, float | int | None]:
         """By metric name."""
         sums = self.sums
-        return {
-            "train/loss": sums.loss / sums.tokens,
-            "train/ce": sums.ce / sums.tokens,
-            "train/kd": sums.kd / sums.tokens,
-            "train/grad_norm": self.gradient_norm,
-            "train/lr": self.learning_rate,
-            "train/response_tokens": int(sums.tokens),
-            "perf/tokens": self.positions,
-            "perf/seconds": self.seconds,
-            "perf/tokens_per_second": self.positions / self.seconds,
-            "perf/model_tflops_per_second": self.flops / self.seconds / 1e12,
-            "perf/imbalance": self.imbalance,
-            "buffer/packing_efficiency": self.used_positions / self.positions,
-            "near_policy/kl": self.drift,
-            "near_policy/lag": self.policy_lag,
+        values = {
+            StepMetric.LOSS: sums.loss / sums.tokens,
+            StepMetric.CE: sums.ce / sums.tokens,
+            StepMetric.KD: sums.kd / sums.tokens,
+            StepMetric.GRADIENT_NORM: self.gradient_norm,
+            StepMetric.LEARNING_RATE: self.learning_rate,
+            StepMetric.RESPONSE_TOKENS: int(sums.tokens),
+            StepMetric.TOKENS: self.positions,
+            StepMetric.SECONDS: self.seconds,
+            StepMetric.TOKENS_PER_SECOND: self.positions / self.seconds,
+            StepMetric.TFLOPS_PER_SECOND: self.flops / self.seconds / 1e12,
+            StepMetric.IMBALANCE: self.imbalance,
+            StepMetric.PACKING_EFFICIENCY: self.used_positions / self.positions,
+            StepMetric.DRIFT: self.drift,
+            StepMetric.POLICY_LAG: self.policy_lag,
         }
+        return {str(name): value for name, value in values.items()}

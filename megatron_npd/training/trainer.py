@@ -27,7 +27,7 @@ from megatron_npd.process.activity import doing, waiting
 from megatron_npd.process.memory import release_unused
 from megatron_npd.roles import TRAINER
 from megatron_npd.run_directory import WARMUP_STAGE
-from megatron_npd.schema import TEACHER_VERSION
+from megatron_npd.schema import TEACHER_VERSION, Event
 from megatron_npd.training.position import Position
 from megatron_npd.training.publishing import make_publisher, publish, write_student
 from megatron_npd.training.samples import StageIndex, open_stage, wait_for_stage
@@ -79,7 +79,7 @@ class Trainer:
         if self.parallel.is_logging_rank:
             context.open_metrics(self.run.metrics(TRAINER), self.run.tensorboard)
         context.log(
-            "start",
+            Event.START,
             import_seconds=context.import_seconds,
             seconds=time.monotonic() - context.started,
             attention_backend=self.student.options.attention_backend,
@@ -131,7 +131,7 @@ class Trainer:
         release_unused()
 
     def _note_published(self, published: Published) -> None:
-        self.context.log("publish", **asdict(published))
+        self.context.log(Event.PUBLISH, **asdict(published))
         logger.info(
             "published version %d (%.0f MB) in %.1f s; training stood still for %.1f s",
             published.version,
@@ -177,7 +177,7 @@ class Trainer:
             policy_lag=None if stage.version == TEACHER_VERSION else self.newest_version - stage.version,
         )
         self.context.log(
-            "step", self.position.step, stage=stage.name, epoch=step.epoch, seconds=seconds, **report.metrics()
+            Event.STEP, self.position.step, stage=stage.name, epoch=step.epoch, seconds=seconds, **report.metrics()
         )
         loss = sums.loss / sums.tokens
         logger.info("%s step %d: loss %.4f, grad norm %.2f", stage.name, self.position.step, loss, norm)
@@ -268,7 +268,7 @@ class Trainer:
             started = time.monotonic()
             self.checkpointer.save(self.position.step, state)
         self._saved_step = self.position.step
-        self.context.log("checkpoint", seconds=time.monotonic() - started)
+        self.context.log(Event.CHECKPOINT, seconds=time.monotonic() - started)
 
     def _save_and_leave(self, request: stopping.Stopped) -> None:
         """Leave nothing half done: the last step is in the current checkpoint, the last version is visible."""
@@ -291,7 +291,7 @@ class Trainer:
         release_unused()
         record = self.context.memory.record()
         largest = greatest(record.values(), self.parallel)
-        self.context.log("memory", **dict(zip(record, largest, strict=True)))
+        self.context.log(Event.MEMORY, **dict(zip(record, largest, strict=True)))
 
     def _turn(self) -> contextlib.AbstractContextManager[None]:
         """Rank 0 takes the turn for all ranks: the others cannot compute without it. A trainer that is leaving does not

@@ -35,8 +35,9 @@ from megatron_npd.process.waiting import explained, turn, wait_for
 from megatron_npd.report.status import status
 from megatron_npd.report.status_text import as_text
 from megatron_npd.run_directory import CHECKPOINT_STATE, LATEST_CHECKPOINT, RunDirectory
+from megatron_npd.schema import Event
 from megatron_npd.supervise.exclusive import only_supervisor
-from megatron_npd.supervise.journal import FAILURE, RESTART, Journal
+from megatron_npd.supervise.journal import Journal
 from megatron_npd.supervise.leftovers import remove_dead_signs, remove_unfinished
 
 ELSEWHERE = "another-host"
@@ -192,8 +193,8 @@ def working(prepared: RunDirectory) -> Iterator[RunDirectory]:
     Metrics(run.metrics("trainer"), "trainer").log("step", 9, stage="round_0000", **{"train/loss": 1.5})
     journal = Journal(run)
     for how in ("rollout exited with status 1", "rollout was ended by SIGKILL"):
-        journal.record(FAILURE, of="rollout", how=how, status=1, restart_in=1.0)
-        journal.record(RESTART, of="rollout")
+        journal.record(Event.FAILURE, of="rollout", how=how, status=1, restart_in=1.0)
+        journal.record(Event.RESTART, of="rollout")
     leave_sign(run, "rollout", ELSEWHERE, 4711, age=600, what="generating round_0000, unit 2 of 3")
     with (
         Heartbeat(run, "annotator", beat_seconds=0.05),
