@@ -8,26 +8,29 @@ from __future__ import annotations
 
 import ast
 import functools
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
-from places import ROOT
+from places import ROOT, TESTS
+
+from megatron_npd import roles
 
 PACKAGE = "megatron_npd"
 PACKAGE_FOLDER = ROOT / PACKAGE
 
 LEVELS = [
     (
-        "config",
-        "schema",
+        "__init__",
         "errors",
-        "models",
+        "schema",
         "roles",
         "files",
         "safetensors_format",
         "run_directory",
-        "__init__",
+        "config",
         "hardware",
+        "models",
     ),
     ("process",),
     ("data", "selection", "distributed", "versions"),
@@ -46,7 +49,13 @@ LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 DOORS = {"megatron": "mcore", "transformer_engine": "mcore", "apex": "mcore", "vllm": "vllm_engine"}
 """Library -> the one part that may import it."""
 
-WITHOUT_TORCH = ("config", "models", "process", "data", "buffer", "selection", "versions")
+WITHOUT_TORCH = ("config", "models", "process", "data", "buffer", "selection", "versions", "roles", "files")
+
+LOOSE = {"__init__", "cli", "errors", "schema", "roles", "files", "safetensors_format", "run_directory"}
+"""Modules that lie beside the rooms, because every room may want them."""
+
+SPELLED_ELSEWHERE = {"roles.py", "config/run.py"}
+"""Where a role's name may be spelled: its definition, and the names of configuration tables."""
 
 TORCH_ALLOWED = {("process/metrics.py", "torch.utils.tensorboard")}
 """Lazily, where a scalar writer is wanted."""
@@ -160,10 +169,75 @@ def _run_on_import(node: ast.AST) -> Iterator[ast.AST]:
         yield from _run_on_import(child)
 
 
+@functools.cache
+def package() -> dict[str, str]:
+    """Every file of the package: path -> source."""
+    return {path.relative_to(PACKAGE_FOLDER).as_posix(): path.read_text() for path in PACKAGE_FOLDER.rglob("*.py")}
+
+
 def test_the_package_keeps_its_rules() -> None:
-    files = {path.relative_to(PACKAGE_FOLDER).as_posix(): path.read_text() for path in PACKAGE_FOLDER.rglob("*.py")}
-    assert len(files) > 20
-    assert violations(files) == []
+    assert len(package()) > 20
+    assert violations(package()) == []
+
+
+def test_no_module_lies_loose() -> None:
+    assert {path.removesuffix(".py") for path in package() if "/" not in path} == LOOSE
+
+
+def test_every_import_leads_somewhere() -> None:
+    """A lazy import of what was moved would be found by whoever first comes by."""
+    modules = {path.removesuffix(".py").removesuffix("/__init__").replace("/", "."): path for path in package()}
+    everywhere = [
+        path for folder in (PACKAGE_FOLDER, TESTS, ROOT / "tools", ROOT / "examples") for path in folder.rglob("*.py")
+    ]
+    lost = [
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in everywhere
+        for name, _ in imports_of(path.read_text())
+        if name.startswith(f"{PACKAGE}.") and not _is_there(name.removeprefix(f"{PACKAGE}."), modules)
+    ]
+    assert len(everywhere) > 200 and lost == []
+
+
+def test_a_name_stands_for_one_thing() -> None:
+    """Of classes and of files; packages have an __init__.py each."""
+    files = Counter(path.rpartition("/")[2] for path in package() if not path.endswith("__init__.py"))
+    trees = [ast.parse(source) for source in package().values()]
+    classes = Counter(node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
+    assert [name for name, count in (files + classes).items() if count > 1] == []
+
+
+def test_role_names_are_spelled_once() -> None:
+    names = {*roles.ROLES, roles.ROLLOUT_TEACHER, roles.SUPERVISOR}
+    spelled = [
+        f"{path}:{node.lineno}: {node.value}"
+        for path, source in package().items()
+        if path not in SPELLED_ELSEWHERE
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in names
+    ]
+    assert spelled == []
+
+
+def _is_there(name: str, modules: dict[str, str]) -> bool:
+    """Whether a module, or a name at the top of one, exists."""
+    module, _, member = name.rpartition(".")
+    return name in modules or member in _tops(modules.get(module, "__init__.py" if not module else ""))
+
+
+@functools.cache
+def _tops(path: str) -> set[str]:
+    """Names a module of the package has at its top."""
+    found: set[str] = set()
+    for node in ast.parse(package()[path]).body if path else ():
+        for part in ast.walk(node) if isinstance(node, ast.If | ast.Try | ast.Assign | ast.AnnAssign) else (node,):
+            if isinstance(part, ast.Import | ast.ImportFrom):
+                found |= {(alias.asname or alias.name).split(".")[0] for alias in part.names}
+            elif isinstance(part, ast.Name):
+                found.add(part.id)
+            elif isinstance(part, ast.FunctionDef | ast.ClassDef):
+                found.add(part.name)
+    return found
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import functools
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -37,6 +38,11 @@ class Command:
     is_srun: bool = False
     """It stands for processes of a Slurm step, perhaps elsewhere. srun passes SIGUSR1 on to them; at SIGTERM it kills
     them, and waits until they are gone. Killed itself with its process group, it would leave them running."""
+
+
+def npd(*words: str) -> list[str]:
+    """Command line of an npd command, by this interpreter, and without asserts where this has none (`python -O`)."""
+    return [sys.executable, *["-O"] * sys.flags.optimize, "-m", "megatron_npd.cli", *words]
 
 
 class Child:

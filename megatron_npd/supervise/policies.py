@@ -13,7 +13,6 @@ import functools
 import logging
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +23,7 @@ from megatron_npd.config import Config
 from megatron_npd.process.parent_death import die_with
 from megatron_npd.roles import ROLLOUT, STUDENT, TEACHER
 from megatron_npd.run_directory import RunDirectory
+from megatron_npd.supervise.children import npd
 
 LOOK_SECONDS = 5.0
 POLL_SECONDS = 0.2
@@ -63,7 +63,7 @@ def next_policy(run: RunDirectory, plan: Plan) -> str | None:
 @contextlib.contextmanager
 def _sidecar(run: RunDirectory, policy: str) -> Iterator[subprocess.Popen[bytes]]:
     """A sidecar for one policy; asked to stop, and waited for, where it is left before it has ended."""
-    command = [sys.executable, "-m", "megatron_npd.cli", ROLLOUT, str(run.config.resolve()), "--policy", policy]
+    command = npd(ROLLOUT, str(run.config.resolve()), "--policy", policy)
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=functools.partial(die_with, os.getpid()))
     try:
         yield process

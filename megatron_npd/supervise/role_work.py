@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from megatron_npd.process.waiting import takes_turns
 from megatron_npd.roles import ANNOTATOR, ROLLOUT, ROLLOUT_TEACHER, SIDECAR, STUDENT, TEACHER, TRAINER
 from megatron_npd.run_directory import RunDirectory
 from megatron_npd.schema import TEACHER_VERSION
-from megatron_npd.supervise.children import Command
+from megatron_npd.supervise.children import Command, npd
 from megatron_npd.supervise.resume_point import resume_point
 from megatron_npd.versions.manifest import published_versions
 
@@ -51,7 +50,7 @@ def roles_of(config: Config, run: RunDirectory, plan: Plan, scratch: Path) -> li
         return lambda: _ranks(name, run, world_size, scratch, role_environment(config, name))
 
     def sidecar(policy: str) -> Callable[[], list[Command]]:
-        name, argv = SIDECAR[policy], [*_npd(ROLLOUT, run), "--policy", policy]
+        name, argv = SIDECAR[policy], [*npd(ROLLOUT, str(run.config.resolve())), "--policy", policy]
         return lambda: [Command(name, argv, run.log(name), role_environment(config, ROLLOUT))]
 
     roles = [
@@ -157,9 +156,5 @@ def _ranks(name: str, run: RunDirectory, world_size: int, scratch: Path, env: di
             "NPD_RENDEZVOUS": str(rendezvous),
             "GLOO_SOCKET_IFNAME": "lo",
         }
-        commands.append(Command(process, _npd(name, run), run.log(process), env | of_rank))
+        commands.append(Command(process, npd(name, str(run.config.resolve())), run.log(process), env | of_rank))
     return commands
-
-
-def _npd(command: str, run: RunDirectory) -> list[str]:
-    return [sys.executable, "-m", "megatron_npd.cli", command, str(run.config.resolve())]

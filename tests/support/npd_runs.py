@@ -22,15 +22,15 @@ def npd(*arguments: str | Path, status: int = 0) -> str:
     return done.stdout
 
 
-def train_again(original: RunDirectory, folder: Path) -> RunDirectory:
-    """Another run, of the same buffer, by the trainer alone."""
+def train_again(original: RunDirectory, folder: Path, *flags: str) -> RunDirectory:
+    """Another run, of the same buffer, by the trainer alone; `flags` of Python, e.g. -O."""
     copy = RunDirectory(folder)
     for name in ("prompts", "rollouts", "samples"):
         shutil.copytree(original.root / name, copy.root / name)
     for name in ("config.toml", "provenance.json"):
         shutil.copy(original.root / name, copy.root / name)
     copy.config.write_text(copy.config.read_text().replace(str(original.root), str(copy.root)))
-    run_trainer(load_config(copy.config), copy)
+    run_trainer(load_config(copy.config), copy, *flags)
     return copy
 
 
@@ -40,7 +40,7 @@ def assert_same_versions(original: RunDirectory, copy: RunDirectory) -> None:
         assert ours["files"] == theirs["files"], f"version {version} differs"
 
 
-def run_trainer(config: Config, run: RunDirectory) -> None:
+def run_trainer(config: Config, run: RunDirectory, *flags: str) -> None:
     """Every trainer rank as the supervisor starts it, without any other role."""
     ranks = []
     for rank in range(config.training.world_size):
@@ -51,7 +51,7 @@ def run_trainer(config: Config, run: RunDirectory) -> None:
             "GLOO_SOCKET_IFNAME": "lo",
             "OMP_NUM_THREADS": str(config.training.threads),
         }
-        command = [sys.executable, "-m", "megatron_npd.cli", "trainer", str(run.config)]
+        command = [sys.executable, *flags, "-m", "megatron_npd.cli", "trainer", str(run.config)]
         ranks.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
     try:
         logs = [rank.communicate(timeout=300)[1] for rank in ranks]
