@@ -9,10 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_npd.buffer.plan import generator, training_order
+from megatron_npd.buffer.plan import Plan, Stage, generator, training_order
+from megatron_npd.config import Config
 from megatron_npd.data.batch import aligned
 from megatron_npd.data.packing import pack_balanced
 from megatron_npd.models.cost import CostModel
+from megatron_npd.run_directory import WARMUP_STAGE
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,16 @@ def learning_rate(progress: float, peak: float, floor: float, warmup_fraction: f
         return peak * progress / warmup_fraction
     decayed = (progress - warmup_fraction) / (1.0 - warmup_fraction)
     return floor + 0.5 * (peak - floor) * (1.0 + math.cos(math.pi * decayed))
+
+
+def learning_rate_of(config: Config, plan: Plan, stage: Stage, step: Step) -> float:
+    """The learning rate of a step: one cosine over the warm-up, another over all rounds together."""
+    training, warmup = config.training, config.warmup
+    if stage.name == WARMUP_STAGE:
+        return learning_rate(step.progress, warmup.lr, warmup.lr / 10, training.lr_warmup_fraction)
+    index = stage.version - plan.first_round_version
+    progress = (index + step.progress) / config.rounds.count
+    return learning_rate(progress, training.lr, training.min_lr, training.lr_warmup_fraction)
 
 
 def plan_steps(
@@ -102,6 +114,34 @@ def deal(packs: list[list[int]], costs: Sequence[float], ranks: int, multiple_of
         if count + 1 < each:
             heapq.heappush(cheapest, (spent + costs[number], count + 1, rank))
     return [share + [[] for _ in range(each - len(share))] for share in shares]
+
+
+@dataclass(frozen=True)
+class PackCosts:
+    """What packs of a stage's samples cost, in floating-point operations.
+
+    Every pack has `capacity` positions; a sample takes a multiple of `alignment` of them.
+    """
+
+    model: CostModel
+    lengths: np.ndarray
+    """int64 [n], positions of each sample without alignment."""
+    capacity: int
+    alignment: int
+
+    def attention(self, items: list[int]) -> float:
+        """What a pack costs more than an empty one."""
+        lengths = aligned(self.lengths[items], self.alignment).astype(float)
+        return float(self.model.attention * (lengths**2).sum())
+
+    def of_rank(self, share: list[list[int]]) -> float:
+        """All packs of one rank."""
+        linear = self.model.linear * self.capacity
+        return sum(linear + self.attention(items) for items in share)
+
+    def useful(self, items: list[int]) -> float:
+        """Of the samples' own positions alone."""
+        return float(self.model.of(self.lengths[items]).sum())
 
 
 def imbalance(costs_per_rank: Sequence[float]) -> float:

@@ -13,7 +13,7 @@ from megatron_npd.buffer.plan import Stage, epochs_of, publishing_step
 from megatron_npd.buffer.retention import retire_stages
 from megatron_npd.buffer.role_context import RoleContext
 from megatron_npd.config import Config
-from megatron_npd.data.batch import PackedBatch, aligned, collate
+from megatron_npd.data.batch import PackedBatch, collate
 from megatron_npd.data.context_parallel import context_parallel_share
 from megatron_npd.distributed.collectives import barrier, broadcast_object, greatest
 from megatron_npd.distributed.together import leave_if_asked, wait_together
@@ -26,12 +26,11 @@ from megatron_npd.process import stopping
 from megatron_npd.process.activity import doing, waiting
 from megatron_npd.process.memory import release_unused
 from megatron_npd.roles import TRAINER
-from megatron_npd.run_directory import WARMUP_STAGE
 from megatron_npd.schema import TEACHER_VERSION, Event
 from megatron_npd.training.position import Position
 from megatron_npd.training.publishing import make_publisher, publish, write_student
 from megatron_npd.training.samples import StageIndex, open_stage, wait_for_stage
-from megatron_npd.training.schedule import Step, deal, imbalance, learning_rate, plan_steps
+from megatron_npd.training.schedule import PackCosts, Step, deal, imbalance, learning_rate_of, plan_steps
 from megatron_npd.training.step import collect_sums, forward_step
 from megatron_npd.training.step_metrics import StepReport
 from megatron_npd.training.student import make_student
@@ -151,8 +150,9 @@ class Trainer:
     def _optimizer_step(self, stage: Stage, samples: StageIndex, step: Step) -> float | None:
         """One optimizer step; the near-policy KL on every rank (None in the warm-up: another model's samples)."""
         training, parallel, student = self.config.training, self.parallel, self.student
-        rate = self._learning_rate(stage, step)
-        attention = [self._attention_cost(samples, items) for items in step.packs]
+        rate = learning_rate_of(self.config, self.plan, stage, step)
+        costs = PackCosts(self.costs, samples.lengths, training.sequence_length, parallel.sequence_alignment)
+        attention = [costs.attention(items) for items in step.packs]
         shares = deal(step.packs, attention, parallel.dp_size, micro_batch_multiple(parallel))
         batches = [self._micro_batch(samples, items) for items in shares[parallel.dp_rank]]
         with self._turn():
@@ -172,8 +172,8 @@ class Trainer:
             seconds,
             positions=sum(map(len, shares)) * training.sequence_length,
             used_positions=sum(samples.positions(items) for items in step.packs),
-            imbalance=imbalance([self._rank_cost(samples, share) for share in shares]),
-            flops=sum(self._flops(samples, items) for items in step.packs) + self.costs.head * sums.tokens,
+            imbalance=imbalance([costs.of_rank(share) for share in shares]),
+            flops=sum(costs.useful(items) for items in step.packs) + self.costs.head * sums.tokens,
             policy_lag=None if stage.version == TEACHER_VERSION else self.newest_version - stage.version,
         )
         self.context.log(
@@ -188,26 +188,6 @@ class Trainer:
         capacity, top_k = self.config.training.sequence_length, self.config.annotator.top_k
         batch = collate(samples.read(items), capacity, top_k, self.parallel.sequence_alignment)
         return context_parallel_share(batch, self.parallel.cp_rank, self.parallel.cp_size)
-
-    def _attention_cost(self, samples: StageIndex, items: list[int]) -> float:
-        """What one pack costs more than an empty one: every pack has the same number of positions."""
-        lengths = aligned(samples.lengths[items], self.parallel.sequence_alignment).astype(float)
-        return float(self.costs.attention * (lengths**2).sum())
-
-    def _rank_cost(self, samples: StageIndex, share: list[list[int]]) -> float:
-        linear = self.costs.linear * self.config.training.sequence_length
-        return sum(linear + self._attention_cost(samples, items) for items in share)
-
-    def _flops(self, samples: StageIndex, items: list[int]) -> float:
-        return float(self.costs.of(samples.lengths[items]).sum())
-
-    def _learning_rate(self, stage: Stage, step: Step) -> float:
-        training, warmup = self.config.training, self.config.warmup
-        if stage.name == WARMUP_STAGE:
-            return learning_rate(step.progress, warmup.lr, warmup.lr / 10, training.lr_warmup_fraction)
-        index = stage.version - self.plan.first_round_version
-        progress = (index + step.progress) / self.config.rounds.count
-        return learning_rate(progress, training.lr, training.min_lr, training.lr_warmup_fraction)
 
     def _refresh_is_due(self, stage: Stage, drift: float | None) -> bool:
         """Past the near-policy limit: warn, or ask for the next version now, as configured."""

@@ -12,6 +12,9 @@ from megatron_npd.config import RolloutConfig
 from megatron_npd.hardware import device
 from megatron_npd.vllm_engine.plugin import BACKEND, register
 
+BATCHED_TOKENS = 8192
+"""Most prompt tokens computed at once on a CPU, unless a single prompt is longer."""
+
 
 def start_vllm(
     folder: Path, rollout: RolloutConfig, dtype: str, max_model_len: int, updatable: bool, trust_remote_code: bool
@@ -31,7 +34,7 @@ def start_vllm(
             "kv_cache_memory_bytes": int(rollout.kv_cache_gib * 2**30),
             # A prompt cut into chunks winds back its seeded generator, which torch's CPU generator cannot do.
             "enable_chunked_prefill": False,
-            "max_num_batched_tokens": max(max_model_len, 8192),
+            "max_num_batched_tokens": max(max_model_len, BATCHED_TOKENS),
         }
     else:
         sizes = {"gpu_memory_utilization": rollout.gpu_memory_utilization}

@@ -29,8 +29,10 @@ from megatron_npd.estimates.role_memory import (
     rollout_memory,
     trainer_memory,
 )
+from megatron_npd.kernels import vocab_parallel
 from megatron_npd.models.hf_config import ModelDims, read_model_dims
 from megatron_npd.schema import COLUMNS
+from megatron_npd.vllm_engine import start
 
 DIMS = ModelDims(
     family="llama",
@@ -177,6 +179,12 @@ def test_a_cuda_build_of_torch_takes_more_of_a_cpu_in_every_process(monkeypatch:
         ]
     assert [most - least for least, most in zip(*taken.values(), strict=True)] == [role_memory.CUDA_BUILD_BYTES] * 3
     assert "CUDA's libraries" not in terms(trainer_memory(configuration(), DIMS, "gpu")), "not of the GPU's memory"
+
+
+def test_sizes_that_other_rooms_decide_are_theirs() -> None:
+    """Estimates load neither: they have the numbers by heart."""
+    assert role_memory.BATCHED_TOKENS == start.BATCHED_TOKENS
+    assert role_memory.KL_TOKENS == vocab_parallel.CHUNK
 
 
 def test_the_buffer_takes_what_was_estimated(tmp_path: Path) -> None:
