@@ -54,6 +54,9 @@ WITHOUT_TORCH = ("config", "models", "process", "data", "buffer", "selection", "
 LOOSE = {"__init__", "cli", "errors", "schema", "roles", "files", "safetensors_format", "run_directory"}
 """Modules that lie beside the rooms, because every room may want them."""
 
+COLLECTIVES = ("all_", "barrier", "broadcast", "gather", "reduce", "scatter", "send", "recv")
+"""Beginnings of their names in torch.distributed."""
+
 SPELLED_ELSEWHERE = {"roles.py", "config/run.py"}
 """Where a role's name may be spelled: its definition, and the names of configuration tables."""
 
@@ -205,6 +208,19 @@ def test_a_name_stands_for_one_thing() -> None:
     trees = [ast.parse(source) for source in package().values()]
     classes = Counter(node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
     assert [name for name, count in (files + classes).items() if count > 1] == []
+
+
+def test_collectives_are_called_in_one_place() -> None:
+    """Megatron's own calls are behind its door; of ours, every group and device is chosen there."""
+    called = [
+        f"{path}:{node.lineno}: {node.attr}"
+        for path, source in package().items()
+        if path != "distributed/collectives.py"
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+        if node.value.id == "dist" and node.attr.startswith(COLLECTIVES)
+    ]
+    assert called == []
 
 
 def test_role_names_are_spelled_once() -> None:
