@@ -155,9 +155,8 @@ def prompts_from(argument: str, folder: Path) -> Prompts:
 
 def _tokenised(path: str, folder: Path) -> Prompts:
     chats = [messages for _, messages in read_chats(path)]
+    tokenizer = load_tokenizer(folder, trust_remote_code=False)
     try:
-        return load_tokenizer(folder).chat_ids(chats)
-    except UserError:
-        raise
-    except Exception as error:  # whatever a foreign tokenizer makes its loader raise
+        return tokenizer.chat_ids(chats)
+    except Exception as error:  # whatever a chat template raises
         raise UserError(f"{folder}: its tokenizer cannot be used on {path}: {error}") from None
