@@ -11,6 +11,7 @@ KERNELS = Path("megatron_npd", "kernels")
 CORE = [
     "torch>=2.10",
     "numpy",
+    "packaging",
     "safetensors",
     "xxhash",
     "pydantic>=2.7",

@@ -34,6 +34,8 @@ KERNELS_OF_A_BATCH_SIZE_BYTES = 1.25 * MIB
 """The same, for each number of sequences vLLM decodes at once: they end one by one, so it meets all of them."""
 BATCHED_TOKENS = 8192
 """Most prompt tokens vLLM computes at once on a CPU (`vllm_engine.start`)."""
+SEQUENCES = 256
+"""Sequences it decodes at once unless told otherwise, the same on a GPU of less than 70 GiB."""
 KL_TOKENS = 64
 """Rows `kernels.forward_kl` takes at a time."""
 
@@ -243,18 +245,23 @@ def _evaluation_logits(config: Config, dims: ModelDims, size: int) -> list[Term]
     ]
 
 
-def rollout_memory(config: Config, dims: ModelDims, device: Device, refreshed: bool = True) -> RoleMemory:
+def rollout_memory(
+    config: Config, dims: ModelDims, device: Device, refreshed: bool = True, responses: int | None = None
+) -> RoleMemory:
     """One sidecar's process on a CPU; the least a rank of its engine needs on a GPU, where vLLM gives its key-value
     cache whatever is left of `rollout.gpu_memory_utilization`.
 
-    `refreshed` False: the teacher's, which never takes another version.
+    Args:
+        refreshed: False: the teacher's, which never takes another version.
+        responses: the most it has to sample from one version; None: not known.
     """
     rollout, size = config.rollout, element_bytes(config)
     tensor = rollout.tensor_model_parallel_size
     parameters = stage_parameters(dims, tensor)
     weights = f"{size} bytes × {parameters:,} parameters"
     terms = [*_process(device, ROLLOUT, size), Term("parameters", weights, size * parameters)]
-    sequences = min(rollout.max_num_seqs, rollout.samples_per_unit)
+    most = rollout.max_num_seqs or SEQUENCES
+    sequences = most if responses is None else min(most, responses)
     if device == "cpu":
         cache = f"rollout.kv_cache_gib = {rollout.kv_cache_gib:g}"
         terms.append(Term("key-value cache", cache, rollout.kv_cache_gib * 2**30))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_npd.buffer.plan import Plan
+from megatron_npd.buffer.plan import Plan, Stage
 from megatron_npd.config import Config, SlurmConfig
 from megatron_npd.estimates.disk import disk_estimate
 from megatron_npd.estimates.division import Sizes, best_division
@@ -32,8 +32,7 @@ def estimate(
         UserError: the rates cannot be read.
     """
     rates = read_rates(rates_from) if rates_from else None
-    heldout_prompts = len(plan.stages[HELDOUT_STAGE].prompt_index)
-    yield from _memory(config, teacher, student, heldout_prompts)
+    yield from _memory(config, teacher, student, plan)
     yield from _disk(config, plan, student, rates)
     yield from _time(config, plan, rates, rates_from)
 
@@ -54,15 +53,23 @@ def names_slurm(config: Config) -> bool:
 
 
 def role_memories(
-    config: Config, teacher: ModelDims, student: ModelDims, device: Device, heldout_prompts: int = 0
+    config: Config, teacher: ModelDims, student: ModelDims, device: Device, plan: Plan | None = None
 ) -> list[RoleMemory]:
-    """One process of each role."""
+    """One process of each role; without a plan, as if there were prompts to fill an engine with and none held out."""
+    heldout, of_teacher, of_a_round = 0, None, None
+    if plan:
+        heldout = _responses([plan.stages[HELDOUT_STAGE]])
+        of_teacher, of_a_round = _responses(plan.teacher_stages), max(_responses([s]) for s in plan.round_stages)
     return [
         trainer_memory(config, student, device),
-        annotator_memory(config, teacher, student, device, heldout_prompts),
-        rollout_memory(config, teacher, device, refreshed=False),
-        rollout_memory(config, student, device),
+        annotator_memory(config, teacher, student, device, heldout),
+        rollout_memory(config, teacher, device, refreshed=False, responses=of_teacher),
+        rollout_memory(config, student, device, responses=of_a_round),
     ]
+
+
+def _responses(stages: list[Stage]) -> int:
+    return sum(len(stage.prompt_index) for stage in stages)
 
 
 def workers_of(config: Config) -> Workers:
@@ -73,11 +80,11 @@ def workers_of(config: Config) -> Workers:
     return Workers(replicas, 1, 1, teacher_sidecars=1, turns=takes_turns(config))
 
 
-def _memory(config: Config, teacher: ModelDims, student: ModelDims, heldout_prompts: int) -> Iterator[str]:
+def _memory(config: Config, teacher: ModelDims, student: ModelDims, plan: Plan) -> Iterator[str]:
     device = device_of(config)
     where = "a CPU" if device == "cpu" else "a GPU, beside what CUDA and NCCL take"
     yield f"memory of one process of each role on {where}:"
-    for memory in role_memories(config, teacher, student, device, heldout_prompts):
+    for memory in role_memories(config, teacher, student, device, plan):
         limit = config.slurm.gpu_memory_gib
         too_much = device == "gpu" and memory.bytes > limit * 2**30
         excess = f"   MORE THAN slurm.gpu_memory_gib = {limit:g}" if too_much else ""

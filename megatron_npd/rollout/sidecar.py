@@ -1,7 +1,8 @@
 """The rollout role: `run` samples every unit of work that its policy, the student or the teacher, has in the plan.
 
-Any number of sidecars may run, join late or die: units are leased, a unit's content depends on its identity alone,
-and a stage whose units are all there is passed over without its weights being needed.
+Any number of sidecars may run, join late or die: units are leased, what is asked of the engine for a unit depends on
+its identity alone, and a stage whose units are all there is passed over without its weights being needed. The engine
+is kept full across units, so one that dies loses as many units as it had begun.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from megatron_npd.buffer.listing import is_finished
 from megatron_npd.buffer.plan import Stage, sampling_seed
 from megatron_npd.buffer.retention import has_room
 from megatron_npd.buffer.role_context import RoleContext
-from megatron_npd.buffer.shards import Shard, concatenate_ragged, write_shard
-from megatron_npd.buffer.work import take_units
+from megatron_npd.buffer.shards import Shard, write_shard
+from megatron_npd.buffer.work import UnitsInHand, WorkUnit
 from megatron_npd.config import Config
 from megatron_npd.models.hf_config import eos_token_ids
 from megatron_npd.process.activity import doing
@@ -26,10 +27,11 @@ from megatron_npd.process.memory import release_unused
 from megatron_npd.process.waiting import wait_for
 from megatron_npd.roles import SIDECAR, TEACHER
 from megatron_npd.rollout.parity import Parity, check_parity
+from megatron_npd.rollout.rollout_batch import RolloutBatch
 from megatron_npd.run_directory import RunDirectory
-from megatron_npd.schema import ROLLOUT_COLUMNS, TEACHER_VERSION, Event, FinishReason
+from megatron_npd.schema import TEACHER_VERSION, Event, FinishReason
 from megatron_npd.versions.manifest import published_versions, read_parity_probe
-from megatron_npd.vllm_engine.engine import Request, Response, RolloutEngine
+from megatron_npd.vllm_engine.engine import Request, RolloutEngine
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +54,42 @@ class Sidecar:
     def undone(self, stage: Stage) -> bool:
         """Whether a unit of the stage is missing."""
         return not is_finished(self.run, "rollouts", stage)
+
+    def has_room(self, stage: Stage) -> bool:
+        """Whether the buffer has room for responses of a stage."""
+        return has_room(self.run, self.context.plan, stage, int(self.config.buffer.max_gib * 2**30))
+
+    def requests_of(self, unit: WorkUnit) -> list[Request]:
+        """What to sample for a unit, in its order of identities: a function of those alone."""
+        stage, rollout = unit.stage, self.config.rollout
+        rows, prompts = stage.rows(unit.number), self.context.prompts[stage.split]
+        return [
+            Request(
+                prompt_ids=prompts[prompt].tolist(),
+                seed=sampling_seed(self.config.seed, stage.name, prompt, sample),
+                max_new_tokens=rollout.max_new_tokens,
+                stop_token_ids=self.stop_ids,
+                temperature=rollout.temperature,
+                top_p=rollout.top_p,
+            )
+            for prompt, sample in zip(stage.prompt_index[rows].tolist(), stage.sample_index[rows].tolist(), strict=True)
+        ]
+
+
+@dataclass
+class Throughput:
+    """What an engine has finished, in the seconds that it worked."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def add(self, tokens: int, seconds: float) -> None:
+        self.tokens += tokens
+        self.seconds += seconds
+
+    @property
+    def per_second(self) -> float:
+        return self.tokens / self.seconds
 
 
 def run(config: Config, policy: str) -> None:
@@ -76,9 +114,7 @@ def _run_teacher(sidecar: Sidecar) -> None:
     stages = [stage for stage in sidecar.context.plan.teacher_stages if sidecar.undone(stage)]
     if not stages:
         return
-    engine = _start_engine(sidecar, Path(sidecar.config.models.teacher), TEACHER_VERSION)
-    for stage in stages:
-        _generate_stage(sidecar, engine, stage)
+    _generate(sidecar, _start_engine(sidecar, Path(sidecar.config.models.teacher), TEACHER_VERSION), stages)
 
 
 def _run_student(sidecar: Sidecar) -> None:
@@ -89,7 +125,7 @@ def _run_student(sidecar: Sidecar) -> None:
             continue
         engine = engine or _start_on_published(sidecar, stage.version)
         _reach_version(sidecar, engine, stage.version)
-        _generate_stage(sidecar, engine, stage)
+        _generate(sidecar, engine, [stage])
 
 
 def _start_on_published(sidecar: Sidecar, wanted: int) -> RolloutEngine:
@@ -129,68 +165,50 @@ def _reach_version(sidecar: Sidecar, engine: RolloutEngine, wanted: int) -> None
     _report(sidecar, Event.REFRESH, engine, parity, stall, **figures)
 
 
-def _generate_stage(sidecar: Sidecar, engine: RolloutEngine, stage: Stage) -> None:
-    """Generate the units of a stage that nobody else does."""
-    for unit in take_units(sidecar.run, sidecar.config, "rollouts", stage):
-        _wait_for_room(sidecar, stage)
-        with doing(f"generating {stage.name}, unit {unit + 1} of {stage.units}"), sidecar.context.turn():
-            since = time.monotonic()
-            shard = _generate_unit(sidecar, engine, stage, unit)
-            write_shard(sidecar.run.unit("rollouts", stage.name, unit), shard)
-        _report_unit(sidecar, stage, shard, unit, time.monotonic() - since)
-        release_unused()
-        sidecar.context.log(Event.MEMORY, **sidecar.context.memory.record())
+def _generate(sidecar: Sidecar, engine: RolloutEngine, stages: list[Stage]) -> None:
+    """Generate the units of these stages, all by the version that is served, that nobody else does."""
+    batch, throughput = RolloutBatch(engine, sidecar.requests_of), Throughput()
+    with UnitsInHand(sidecar.run, sidecar.config, "rollouts", stages, sidecar.has_room) as hand:
+        while True:
+            _top_up(batch, hand)
+            if batch.units:
+                _finish_a_unit(sidecar, batch, hand, throughput)
+            elif stage := hand.next_stage():
+                _wait_for_room(sidecar, stage)
+                hand.wait_for_others(stage)
+            else:
+                return
+
+
+def _top_up(batch: RolloutBatch, hand: UnitsInHand) -> None:
+    """Begin one more unit, if the engine has room. One at a time: sidecars that begin together share a stage."""
+    if batch.has_room and (unit := hand.take()):
+        batch.begin(unit)
+
+
+def _finish_a_unit(sidecar: Sidecar, batch: RolloutBatch, hand: UnitsInHand, throughput: Throughput) -> None:
+    """Run the engine, and keep it full, until a unit is finished, or several are in the same step; write them."""
+    with doing(f"generating {batch}"), sidecar.context.turn():
+        since = time.monotonic()
+        while not (finished := batch.step()):
+            _top_up(batch, hand)
+        for unit, shard in finished:
+            write_shard(sidecar.run.unit("rollouts", unit.stage.name, unit.number), shard)
+        seconds = time.monotonic() - since
+    tokens = [len(shard["response_ids"]) for _, shard in finished]
+    throughput.add(sum(tokens), seconds)
+    for (unit, shard), share in zip(finished, tokens, strict=True):
+        hand.give_back(unit)
+        _report_unit(sidecar, unit, shard, seconds * share / sum(tokens), throughput)
+    release_unused()
+    sidecar.context.log(Event.MEMORY, **sidecar.context.memory.record())
 
 
 def _wait_for_room(sidecar: Sidecar, stage: Stage) -> None:
     """Stay behind while the buffer is full and the trainer still has earlier stages to use up."""
-    gib = sidecar.config.buffer.max_gib
-
-    def look() -> bool | None:
-        return has_room(sidecar.run, sidecar.context.plan, stage, int(gib * 2**30)) or None
-
-    if not look():
-        wait_for(f"the shards to take less than buffer.max_gib = {gib}", look, sidecar.config.launch.poll_seconds)
-
-
-def _generate_unit(sidecar: Sidecar, engine: RolloutEngine, stage: Stage, unit: int) -> Shard:
-    rows, prompts, rollout = stage.rows(unit), sidecar.context.prompts[stage.split], sidecar.config.rollout
-    identities = list(zip(stage.prompt_index[rows].tolist(), stage.sample_index[rows].tolist(), strict=True))
-    requests = [
-        Request(
-            prompt_ids=prompts[prompt].tolist(),
-            seed=sampling_seed(sidecar.config.seed, stage.name, prompt, sample),
-            max_new_tokens=rollout.max_new_tokens,
-            stop_token_ids=sidecar.stop_ids,
-            temperature=rollout.temperature,
-            top_p=rollout.top_p,
-        )
-        for prompt, sample in identities
-    ]
-    return make_shard(stage.name, unit, identities, requests, engine.generate(requests))
-
-
-def make_shard(
-    stage: str, unit: int, identities: list[tuple[int, int]], requests: list[Request], responses: list[Response]
-) -> Shard:
-    """One unit's responses as a `rollouts` shard (`schema.ROLLOUT_COLUMNS`); identities: (prompt, sample) indices."""
-    prompt_ids, prompt_offsets = concatenate_ragged([np.array(request.prompt_ids) for request in requests], "int32")
-    response_ids, response_offsets = concatenate_ragged([np.array(response.ids) for response in responses], "int32")
-    logprobs, _ = concatenate_ragged([np.array(response.logprobs) for response in responses], "float32")
-    columns = {
-        "prompt_index": [prompt for prompt, _ in identities],
-        "sample_index": [sample for _, sample in identities],
-        "seed": [request.seed for request in requests],
-        "policy_version": [response.version for response in responses],
-        "finish_reason": [response.finish_reason for response in responses],
-        "prompt_ids": prompt_ids,
-        "prompt_offsets": prompt_offsets,
-        "response_ids": response_ids,
-        "response_offsets": response_offsets,
-        "behaviour_logprobs": logprobs,
-    }
-    typed = {name: np.asarray(column, dtype=ROLLOUT_COLUMNS[name][0]) for name, column in columns.items()}
-    return Shard("rollouts", typed, {"stage": stage, "unit": unit})
+    if not sidecar.has_room(stage):
+        what = f"the shards to take less than buffer.max_gib = {sidecar.config.buffer.max_gib}"
+        wait_for(what, lambda: sidecar.has_room(stage) or None, sidecar.config.launch.poll_seconds)
 
 
 def _report(
@@ -207,22 +225,23 @@ def _report(
     logger.info("serving %s after %.1f s%s", served, seconds, agreement)
 
 
-def _report_unit(sidecar: Sidecar, stage: Stage, shard: Shard, unit: int, seconds: float) -> None:
+def _report_unit(sidecar: Sidecar, unit: WorkUnit, shard: Shard, seconds: float, throughput: Throughput) -> None:
+    """`seconds`: of the engine's work since it last finished a unit, or this unit's share of them."""
     samples, tokens = len(shard), len(shard["response_ids"])
     finished = float(np.mean(shard["finish_reason"] == FinishReason.STOP))
     sidecar.context.log(
         Event.UNIT,
-        stage=stage.name,
-        unit=unit,
+        stage=unit.stage.name,
+        unit=unit.number,
         samples=samples,
         prompt_tokens=len(shard["prompt_ids"]),
         response_tokens=tokens,
         seconds=seconds,
-        tokens_per_second=tokens / seconds,
+        tokens_per_second=throughput.per_second,
         mean_response_length=tokens / samples,
         finished_share=finished,
     )
     logger.info(
-        "%s unit %d of %d: %d responses, %d tokens, %.0f tokens/s, %.0f%% finished",
-        stage.name, unit + 1, stage.units, samples, tokens, tokens / seconds, 100 * finished,
+        "%s: %d responses, %d tokens, %.0f%% finished; %.0f tokens/s so far",
+        unit, samples, tokens, 100 * finished, throughput.per_second,
     )  # fmt: skip

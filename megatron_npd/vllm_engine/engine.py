@@ -1,7 +1,8 @@
 """vLLM inside this process: our own step loop, raw logprobs, verified in-place weight updates.
 
-`generate` promises that every response was sampled by exactly one policy version and is complete; whatever the
-engine gave up on is retried once and then raises, so that a failure never becomes a sample.
+Requests join the running batch at any time (`begin`) and leave it one by one as they are done (`step`). Every response
+was sampled by exactly one policy version and is complete; whatever the engine gave up on is tried once more and then
+raises, so that a failure never becomes a sample.
 """
 
 from __future__ import annotations
@@ -10,8 +11,7 @@ import contextlib
 import itertools
 import logging
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,17 @@ class Response:
     """Policy version that sampled all of it."""
 
 
+@dataclass(frozen=True)
+class _Running:
+    """A request the engine works on."""
+
+    ticket: int
+    request: Request
+    is_second_attempt: bool = False
+    name: str = ""
+    """vLLM's own name for it, which begins with ours."""
+
+
 class RolloutEngine:
     """One vLLM engine serving one checkpoint.
 
@@ -88,7 +99,8 @@ class RolloutEngine:
     ):
         self.version = version
         self._broken: str | None = None
-        self._names = itertools.count()
+        self._names, self._tickets = itertools.count(), itertools.count()
+        self._running: dict[str, _Running] = {}  # by the name we gave
         # vLLM reads the files by itself.
         with verified(folder, version) if version != TEACHER_VERSION else contextlib.nullcontext() as manifest:
             dims = read_model_dims(folder)
@@ -98,30 +110,75 @@ class RolloutEngine:
         self._served = None if manifest is None else ServedVersion(version, dims, manifest.tensors)
         self._llm.engine_core.set_weight_version(str(version))
 
-    def generate(self, requests: list[Request]) -> list[Response]:
-        """Sample a response to each request, in order. The same request gives the same response.
+    @property
+    def max_num_seqs(self) -> int:
+        """Sequences the engine decodes at once; more wait for their turn."""
+        return self._llm.vllm_config.scheduler_config.max_num_seqs
+
+    @property
+    def running(self) -> int:
+        """Requests that were begun and are not done."""
+        return len(self._running)
+
+    def begin(self, request: Request) -> int:
+        """Sample a response to a request from the next `step` on; returns a ticket, by which `step` names it."""
+        self._require_sound()
+        ticket = next(self._tickets)
+        self._add(_Running(ticket, request))
+        return ticket
+
+    def step(self) -> list[tuple[int, Response]]:
+        """One step of all running requests: the tickets and responses of those that are done.
 
         Raises:
-            RolloutError: a request was aborted twice, or an output is inconsistent or not finite.
+            RolloutError: a request was aborted twice, or an output is inconsistent or not finite. All that were running
+                are given up.
         """
-        responses = self._attempt(dict(enumerate(requests)))
-        lost = {index: request for index, request in enumerate(requests) if index not in responses}
-        if lost:
-            logger.warning("the engine gave up on %d of %d requests; trying those again", len(lost), len(requests))
-            responses |= self._attempt(lost)
-        if len(responses) < len(requests):
-            raise RolloutError(
-                f"the engine gave up twice on {len(requests) - len(responses)} of {len(requests)} requests"
-            )
-        return [responses[index] for index in range(len(requests))]
+        activity.progress()
+        responses = []
+        try:
+            for output in self._llm.step():
+                one, completion = self._running.pop(output.request_id), output.outputs[0]
+                if completion.finish_reason in _FINISHED:
+                    responses.append((one.ticket, self._response(one.request, completion)))
+                else:
+                    self._try_again(one)
+            for name in self._lost():
+                self._try_again(self._running.pop(name))
+        except RolloutError:
+            self._llm.abort_request(list(self._running))
+            self._running.clear()
+            raise
+        return responses
+
+    def generate(self, requests: list[Request]) -> list[Response]:
+        """Sample a response to each request, in order, in a batch of their own.
+
+        Raises:
+            RolloutError: as `step`; or others are running.
+        """
+        if self._running:
+            raise RolloutError(f"cannot generate: {self.running} other requests are running")
+        tickets = [self.begin(request) for request in requests]
+        responses: dict[int, Response] = {}
+        while self._running:
+            responses |= self.step()
+        return [responses[ticket] for ticket in tickets]
 
     def logprobs(self, sequences: list[list[int]]) -> list[list[float]]:
         """log p(token t | tokens before t) for t >= 1 of each sequence, nats, temperature 1."""
         from vllm import SamplingParams
 
         params = SamplingParams(prompt_logprobs=0, max_tokens=1, **_plain_output())
-        outputs = self._run({index: (sequence, params) for index, sequence in enumerate(sequences)})
-        scored = [list(outputs[index].prompt_logprobs.logprobs) for index in range(len(sequences))]
+        self._require_sound()
+        names = [str(next(self._names)) for _ in sequences]
+        for name, sequence in zip(names, sequences, strict=True):
+            self._llm.add_request(name, {"prompt_token_ids": list(sequence)}, params)
+        outputs = {}
+        while self._llm.has_unfinished_requests():
+            activity.progress()
+            outputs |= {output.request_id: output for output in self._llm.step()}
+        scored = [list(outputs[name].prompt_logprobs.logprobs) for name in names]
         if [len(row) + 1 for row in scored] != [len(sequence) for sequence in sequences]:
             raise RolloutError("vLLM did not return one logprob for each token")
         return scored
@@ -165,26 +222,24 @@ class RolloutEngine:
             raise RuntimeError("vLLM did not reset its prefix cache")
         self._llm.engine_core.set_weight_version(str(new.version))
 
-    def _attempt(self, requests: Mapping[int, Request]) -> dict[int, Response]:
-        """Responses of those requests that the engine finished."""
-        outputs = self._run({i: (request.prompt_ids, _sampling(request)) for i, request in requests.items()})
-        finished = {i: output for i, output in outputs.items() if output.outputs[0].finish_reason in _FINISHED}
-        return {i: self._response(requests[i], output.outputs[0]) for i, output in finished.items()}
+    def _add(self, one: _Running) -> None:
+        name = str(next(self._names))
+        prompt = {"prompt_token_ids": list(one.request.prompt_ids)}
+        self._running[name] = replace(one, name=self._llm.add_request(name, prompt, _sampling(one.request)))
 
-    def _run(self, work: Mapping[int, tuple[list[int], Any]]) -> dict[int, Any]:
-        """Run (token ids, sampling parameters) to their ends; vLLM's outputs by the same keys."""
-        self._require_sound()
-        keys: dict[str, int] = {}
-        for key, (ids, params) in work.items():
-            name = str(next(self._names))
-            keys[name] = key
-            self._llm.add_request(name, {"prompt_token_ids": list(ids)}, params)
-        outputs = {}
-        while self._llm.has_unfinished_requests():
-            activity.progress()
-            for output in self._llm.step():
-                outputs[keys[output.request_id]] = output
-        return outputs
+    def _try_again(self, one: _Running) -> None:
+        """Once: with its seed, so that the response is the one that it would have been."""
+        if one.is_second_attempt:
+            raise RolloutError(f"the engine gave up twice on a request of {len(one.request.prompt_ids)} prompt tokens")
+        logger.warning("the engine gave up on a request; trying it again")
+        self._add(replace(one, is_second_attempt=True))
+
+    def _lost(self) -> list[str]:
+        """Requests that the engine no longer has, though it said nothing of their end."""
+        if self._llm.get_num_unfinished_requests() == len(self._running):
+            return []
+        has_request = self._llm.output_processor.has_request
+        return [name for name, one in self._running.items() if not has_request(one.name)]
 
     def _response(self, request: Request, completion: Any) -> Response:
         """vLLM's completion as a checked `Response`."""

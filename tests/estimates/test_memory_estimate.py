@@ -163,6 +163,14 @@ def test_a_teachers_sidecar_stages_no_version() -> None:
     assert "version that is staged" in terms(rollout_memory(configuration(), DIMS, "cpu"))
 
 
+def test_an_engine_is_as_full_as_there_are_responses_for_it() -> None:
+    """Units are no limit: it is kept full across them."""
+    few, many, unknown = (
+        terms(rollout_memory(configuration(), DIMS, "cpu", responses=n))["logits"] for n in (100, 10**6, None)
+    )
+    assert (few, many, unknown) == tuple(2 * 4 * sequences * DIMS.vocab_size for sequences in (100, 256, 256))
+
+
 def test_a_cuda_build_of_torch_is_known_by_its_files() -> None:
     assert role_memory.torch_is_cuda_build() == (torch.version.cuda is not None)
 
@@ -184,6 +192,7 @@ def test_a_cuda_build_of_torch_takes_more_of_a_cpu_in_every_process(monkeypatch:
 def test_sizes_that_other_rooms_decide_are_theirs() -> None:
     """Estimates load neither: they have the numbers by heart."""
     assert role_memory.BATCHED_TOKENS == start.BATCHED_TOKENS
+    assert role_memory.SEQUENCES == start.SEQUENCES
     assert role_memory.KL_TOKENS == vocab_parallel.CHUNK
 
 

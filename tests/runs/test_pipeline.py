@@ -114,7 +114,7 @@ def test_export_is_compared_with_the_very_weights_of_the_checkpoint(finished: In
 def test_each_role_takes_the_memory_that_was_estimated(role: str, finished: Inputs) -> None:
     config = finished.config
     dims = (read_model_dims(folder) for folder in (finished.teacher, finished.student))
-    estimated = {memory.role: memory.bytes for memory in role_memories(config, *dims, "cpu")}
+    estimated = {memory.role: memory.bytes for memory in role_memories(config, *dims, "cpu", make_plan(config, 24, 3))}
     records = read_metrics(finished.run / "metrics")
     peaks = [record["peak_bytes"] for record in records if (record["role"], record["event"]) == (role, "memory")]
     assert max(peaks) == pytest.approx(estimated[role], rel=0.1)

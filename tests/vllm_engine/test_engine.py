@@ -10,6 +10,7 @@ import json
 import shutil
 import sys
 import threading
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -97,31 +98,49 @@ def test_same_seed_same_response_and_another_seed_another(engine):
     assert len({tuple(response.ids) for response in many}) == 8
 
 
+def test_a_response_joins_and_leaves_the_batch_at_any_time(engine):
+    """And is, to rounding, what it is in a batch of its own."""
+    asked = requests(12, stop_token_ids=[])
+    expected, tickets, found = engine.generate(asked), {}, {}
+    for number, request in enumerate(asked):
+        tickets[engine.begin(request)] = number
+        for _ in range(5):
+            found |= {tickets[ticket]: response for ticket, response in engine.step()}
+    assert 0 < engine.running < 12, "some began after others had left"
+    with pytest.raises(RolloutError, match=f"{engine.running} other requests are running"):
+        engine.generate(asked)
+    while engine.running:
+        found |= {tickets[ticket]: response for ticket, response in engine.step()}
+    assert [found[number].ids for number in range(12)] == [response.ids for response in expected]
+    ours, theirs = (
+        [response.logprobs for response in responses] for responses in (map(found.get, range(12)), expected)
+    )
+    assert largest_difference(ours, theirs) < TOLERANCE
+
+
 def test_aborted_request_is_sampled_again(engine, monkeypatch):
     expected = engine.generate(requests())
-    abort_in_first_step(engine, monkeypatch, times=1)
+    abort_newest(engine, monkeypatch, times=1)
     assert [response.ids for response in engine.generate(requests())] == [response.ids for response in expected]
 
 
 def test_request_aborted_twice_is_an_error_and_not_a_sample(engine, monkeypatch):
-    abort_in_first_step(engine, monkeypatch, times=2)
-    with pytest.raises(RolloutError, match="gave up twice on 1 of 8"):
+    abort_newest(engine, monkeypatch, times=2)
+    with pytest.raises(RolloutError, match="gave up twice on a request of 12 prompt tokens"):
         engine.generate(requests())
     monkeypatch.undo()
+    assert engine.running == 0 and not engine._llm.has_unfinished_requests()
     assert len(engine.generate(requests())) == 8
 
 
-def abort_in_first_step(engine, monkeypatch, times: int) -> None:
-    """Abort the newest request in the first step of each of the next `times` attempts."""
-    step, left, busy = engine._llm.step, itertools.count(times, -1), [False]
+def abort_newest(engine, monkeypatch, times: int) -> None:
+    """Abort the newest request before each of the next `times` steps: the one that replaces it is the newest then."""
+    step, left = engine._llm.step, itertools.count(times, -1)
 
     def abort_then_step():
-        if not busy[0] and next(left) > 0:
-            newest = max(engine._llm.output_processor.external_req_ids, key=int)
-            engine._llm.abort_request([newest])
-        outputs = step() if engine._llm.has_unfinished_requests() else []
-        busy[0] = engine._llm.has_unfinished_requests()
-        return outputs
+        if next(left) > 0:
+            engine._llm.abort_request([max(engine._llm.output_processor.external_req_ids, key=int)])
+        return step()
 
     monkeypatch.setattr(engine._llm, "step", abort_then_step)
 
@@ -309,8 +328,8 @@ def models(tmp_path_factory):
     return make_llama(folder / "teacher", 1), make_llama(folder / "student", 2, tied=True)
 
 
-def make_run(root: Path, models: tuple[Path, Path]) -> tuple[Config, RunDirectory]:
-    """A run of two rounds of 6 prompts × 2 samples in units of 5, with version 0 published."""
+def make_run(root: Path, models: tuple[Path, Path], prompts: int = 3) -> tuple[Config, RunDirectory]:
+    """A run of two rounds of 6 prompts × 2 samples in units of 5, with version 0 published; `prompts` are held out."""
     config = Config.model_validate(
         {
             "run_directory": str(root),
@@ -329,7 +348,7 @@ def make_run(root: Path, models: tuple[Path, Path]) -> tuple[Config, RunDirector
     )
     run = RunDirectory(root)
     save_prompt_set(run.prompts("train"), [f"t{i}" for i in range(6)], probe_sequences(11, 6, 9))
-    save_prompt_set(run.prompts("heldout"), ["h0", "h1", "h2"], probe_sequences(12, 3, 9))
+    save_prompt_set(run.prompts("heldout"), [f"h{i}" for i in range(prompts)], probe_sequences(12, prompts, 9))
     publish(shutil.copytree(models[1], run.version(0)), 0)
     return config, run
 
@@ -419,6 +438,31 @@ def test_teacher_sidecar_generates_the_heldout_set(tmp_path, models):
     shards = shards_of(run, "heldout", 1)
     assert identities(shards) == [(0, 0), (1, 0), (2, 0)]
     check_shards(shards, TEACHER_VERSION, models[0])
+
+
+def test_the_engine_stays_full_across_units(tmp_path, models, monkeypatch):
+    """Steps, not seconds: of units of 4 it needs hardly more than of one unit that holds all samples."""
+    steps: Counter[str] = Counter()
+    step = RolloutEngine.step
+
+    def counted(engine: RolloutEngine):
+        steps[name] += 1
+        return step(engine)
+
+    monkeypatch.setattr(RolloutEngine, "step", counted)
+    student = shutil.copytree(models[1], tmp_path / "student")
+    (student / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(2, 10))}))
+    shares = {}
+    for name, samples_per_unit in {"units of 4": 4, "one unit": 1000}.items():
+        config, run = make_run(tmp_path / name, (models[0], student), prompts=60)
+        sizes = {"samples_per_unit": samples_per_unit, "max_new_tokens": 42, "temperature": 2.0}
+        config = config.model_copy(update={"rollout": config.rollout.model_copy(update=sizes)})
+        sidecar.run(config, "teacher")
+        units = [record for record in read_metrics(run.root / "metrics") if record["event"] == "unit"]
+        shares[name] = sum(u["samples"] * (1 - u["finished_share"]) for u in units) / sum(u["samples"] for u in units)
+        assert len(units) == -(-60 // samples_per_unit)
+    assert shares["units of 4"] == pytest.approx(shares["one unit"]) == pytest.approx(0.1, abs=0.05), "at the limit"
+    assert steps["units of 4"] <= steps["one unit"] / 0.9, steps
 
 
 def test_student_sidecar_ends_when_parity_fails(tmp_path, models):
