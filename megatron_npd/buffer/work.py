@@ -58,12 +58,12 @@ class UnitsInHand:
         """The next undone unit, leased; None if there is none just now that may be begun and nobody else holds."""
         if not self._found and time.monotonic() >= self._next_look:
             self._found.extend(self._undone())
+            self._next_look = time.monotonic() + self._poll_seconds
         while self._found and self._may_begin(self._found[0].stage):
             unit = self._found.popleft()
             if self._lease(unit):
                 return unit
         self._found.clear()
-        self._next_look = time.monotonic() + self._poll_seconds
         return None
 
     def give_back(self, unit: WorkUnit) -> None:
