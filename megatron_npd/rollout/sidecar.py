@@ -114,7 +114,7 @@ def _run_teacher(sidecar: Sidecar) -> None:
     stages = [stage for stage in sidecar.context.plan.teacher_stages if sidecar.undone(stage)]
     if not stages:
         return
-    _generate(sidecar, _start_engine(sidecar, Path(sidecar.config.models.teacher), TEACHER_VERSION), stages)
+    generate(sidecar, _start_engine(sidecar, Path(sidecar.config.models.teacher), TEACHER_VERSION), stages)
 
 
 def _run_student(sidecar: Sidecar) -> None:
@@ -125,7 +125,7 @@ def _run_student(sidecar: Sidecar) -> None:
             continue
         engine = engine or _start_on_published(sidecar, stage.version)
         _reach_version(sidecar, engine, stage.version)
-        _generate(sidecar, engine, [stage])
+        generate(sidecar, engine, [stage])
 
 
 def _start_on_published(sidecar: Sidecar, wanted: int) -> RolloutEngine:
@@ -165,7 +165,7 @@ def _reach_version(sidecar: Sidecar, engine: RolloutEngine, wanted: int) -> None
     _report(sidecar, Event.REFRESH, engine, parity, stall, **figures)
 
 
-def _generate(sidecar: Sidecar, engine: RolloutEngine, stages: list[Stage]) -> None:
+def generate(sidecar: Sidecar, engine: RolloutEngine, stages: list[Stage]) -> None:
     """Generate the units of these stages, all by the version that is served, that nobody else does."""
     batch, throughput = RolloutBatch(engine, sidecar.requests_of), Throughput()
     with UnitsInHand(sidecar.run, sidecar.config, "rollouts", stages, sidecar.has_room) as hand:
