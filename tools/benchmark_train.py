@@ -33,6 +33,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from pydantic import ValidationError
+from torch.profiler import profile
 
 from megatron_npd.config import TrainingConfig
 from megatron_npd.data.batch import PackedBatch, TrainingSample, collate
@@ -120,7 +121,10 @@ def benchmark(arguments: argparse.Namespace, config: TrainingConfig) -> dict[str
     memory_before, cpu_before = _memory(), _cpu_seconds()
     student = make_student(arguments, config, dims)
     device, dtype = student.parallel.device, getattr(torch, arguments.dtype)
-    timed, gemm = measure(student, forward_step(config, dims, student.parallel), work, dtype)
+    loss_step = forward_step(config, dims, student.parallel)
+    timed, gemm = measure(student, loss_step, work, dtype)
+    if arguments.profile:
+        arguments.profile.write_text(longest_kernels(student, loss_step, work))
     peak, source = peak_rate(device, dtype, gemm)
     lengths = np.array([sample.length for sample in work.samples])
     return {
@@ -170,7 +174,8 @@ def make_work(arguments: argparse.Namespace, config: TrainingConfig, dims: Model
     samples = [make_sample(generator, dims.vocab_size, *pair) for pair in pairs]
     variants = {"packed": [packed(step, samples, capacity, cost) for step in steps]}
     fit = capacity // max(sample.length for sample in samples)
-    for size in arguments.padded_samples or sorted({fit, HUGGING_FACE_BATCH}):
+    sizes = sorted({fit, HUGGING_FACE_BATCH}) if arguments.padded_samples is None else arguments.padded_samples
+    for size in sizes:
         order = np.random.default_rng([arguments.seed, size])
         variants[f"padded_{size}"] = [padded(step, samples, size, order) for step in steps]
     return Work(samples, steps, variants)
@@ -237,7 +242,9 @@ def make_student(arguments: argparse.Namespace, config: TrainingConfig, dims: Mo
     parallel = initialize(seed=arguments.seed)
     acceleration = choose_acceleration(config)
     backend = choose_backend(config.attention_backend, dtype)
-    options = ModelOptions(backend, recompute=config.recompute, acceleration=acceleration)
+    options = ModelOptions(
+        backend, recompute=config.recompute, recompute_layers=config.recompute_layers, acceleration=acceleration
+    )
     models = build_gpt(dims, parallel, dtype, options)
     if arguments.student:
         load_hugging_face(named_parameters(models), arguments.student, dims, parallel)
@@ -283,6 +290,14 @@ def run_step(student: Student, loss_step: Callable[..., Any], work: Work, varian
         model_flops=float(cost.of(lengths).sum()) + head,
         computed_flops=sum(float(cost.of(np.diff(batch.cu_seqlens)).sum()) for batch in batches) + head,
     )
+
+
+def longest_kernels(student: Student, loss_step: Callable[..., Any], work: Work) -> str:
+    """A table of what the last packed step spends its time on, on the GPU if there is one."""
+    with profile() as trace:
+        run_step(student, loss_step, work, "packed", len(work.steps) - 1)
+    on = "self_cpu" if student.parallel.device == "cpu" else "self_device"
+    return trace.key_averages().table(sort_by=f"{on}_time_total", row_limit=40, max_name_column_width=90)
 
 
 class PeakMemory:
@@ -404,7 +419,8 @@ class _Parser(argparse.ArgumentParser):
 OPTIONS: dict[str, tuple[str, Any, str]] = {
     "sequence_length": ("--sequence-length", 2048, "positions of a pack"),
     "global_batch_size": ("--global-batch", 4, "packs of an optimizer step"),
-    "recompute": ("--recompute", "none", "none, selective or full"),
+    "recompute": ("--recompute", "none", "none, selective, block or full"),
+    "recompute_layers": ("--recompute-layers", 1, "with --recompute block"),
     "logits_chunk_tokens": ("--logits-chunk-tokens", 4096, "rows projected to the vocabulary at a time"),
     "attention_backend": ("--attention-backend", "auto", "auto, te, torch_varlen or reference"),
     "transformer_engine": ("--transformer-engine", "auto", "auto, on or off"),
@@ -425,7 +441,9 @@ def _parser() -> argparse.ArgumentParser:
     text = "response tokens are log-normal, prompts have a third of the median (default: 120,0.9 at a sequence length"
     parser.add_argument("--lengths", metavar="MEDIAN,SIGMA", help=f"{text} of 2048, the median in proportion)")
     text = "samples of a padded micro-batch, a variant for each N (default: 8, and as many as certainly fit in a pack)"
-    parser.add_argument("--padded-samples", type=int, nargs="+", metavar="N", help=text)
+    parser.add_argument("--padded-samples", type=int, nargs="*", metavar="N", help=f"{text}; none: packed alone")
+    text = "also trace one packed step and write its longest kernels"
+    parser.add_argument("--profile", type=Path, metavar="FILE", help=text)
     parser.add_argument("--repeats", type=int, default=3, help="steps timed, after a warm-up step (default: 3)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report, every step included")

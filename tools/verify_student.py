@@ -119,7 +119,8 @@ def megatron_disagreement(run: RunDirectory, config: Config, prompts: Answers, a
     dims = read_model_dims(run.student)
     model = checkpointed_model(run, config, parallel)
     pairs = [(np.array(p), np.array(a)) for p, a in zip(prompts, answers, strict=True)]
-    tokens, cu_seqlens, rows = (torch.from_numpy(array) for array in lay_out(pairs))
+    tokens, cu_seqlens, rows = lay_out(pairs)
+    tokens, rows = torch.from_numpy(tokens), torch.from_numpy(rows)
     with torch.no_grad():
         hidden = forward_packed(model, tokens, cu_seqlens, rows, parallel)
         chunks = projected(model, hidden, config.training.logits_chunk_tokens)

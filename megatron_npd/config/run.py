@@ -139,8 +139,11 @@ class TrainingConfig(Section):
     """Split norms and residuals along the sequence over the tensor-parallel ranks."""
     distributed_optimizer: bool = False
     """Split optimizer state over the data- and context-parallel ranks."""
-    recompute: Literal["none", "selective", "full"] = "none"
-    """Activations computed again in the backward instead of kept: those of core attention, or of whole layers."""
+    recompute: Literal["none", "selective", "block", "full"] = "none"
+    """Activations computed again in the backward instead of kept: those of core attention, of `recompute_layers` whole
+    layers, or of all. A layer that is computed again takes a third longer: recompute as many as memory asks for."""
+    recompute_layers: int = Field(1, ge=1)
+    """With recompute = "block": the first so many layers of each pipeline stage."""
     sequence_length: int = Field(32768, ge=16)
     """Tokens of one packed sequence (a micro-batch)."""
     global_batch_size: int = Field(8, ge=1)
@@ -207,6 +210,7 @@ CHANGEABLE_IN_TRAINING = {
     "sequence_parallel",
     "distributed_optimizer",
     "recompute",
+    "recompute_layers",
     "logits_chunk_tokens",
     "attention_backend",
     "transformer_engine",

@@ -5,10 +5,10 @@ Legend: T tokens of all prompts, V vocabulary.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from megatron_npd.conversion.to_hugging_face import StoredModel
@@ -123,7 +123,7 @@ def megatron_logits(
     model.config.params_dtype = torch.float32
     lengths = [len(ids) for ids in prompts]
     tokens_T = torch.tensor([token for ids in prompts for token in ids], device=parallel.device)
-    cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=parallel.device)
+    cu_seqlens = np.cumsum([0, *lengths], dtype=np.int32)
     every_row = torch.arange(len(tokens_T), device=parallel.device)
     hidden = forward_packed(model, tokens_T, cu_seqlens, every_row, parallel)
     return torch.cat([logits[:, : dims.vocab_size].cpu() for _, logits in projected(model, hidden, CHUNK_TOKENS)])

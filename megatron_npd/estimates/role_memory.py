@@ -127,7 +127,8 @@ def _with_holes(device: Device, passing: list[Term]) -> list[Term]:
 
 
 def layer_activation_bytes(training: TrainingConfig, dims: ModelDims, size: int, device: Device) -> float:
-    """What one layer keeps of one token until its backward pass, on one rank."""
+    """What one layer keeps of one token until its backward pass, on one rank; with recompute = "block", one of those
+    that are not computed again."""
     tensor = training.tensor_model_parallel_size
     widths, hidden = Widths.of(dims, tensor), dims.hidden_size
     along = tensor if training.sequence_parallel else 1
@@ -143,7 +144,8 @@ def layer_activation_bytes(training: TrainingConfig, dims: ModelDims, size: int,
     if dims.qk_norm:
         attention += 8 * widths.query + (8 if size < 4 else 4) * widths.key
         attention += 4 * (widths.query_heads + widths.key_heads)
-    mlp = 5 * size * widths.mlp
+    # Inputs of both matrix products, and what SwiGLU needs: fused, its input alone.
+    mlp = (5 if device == "cpu" else 3) * size * widths.mlp
     return 2 * norm + attention + mlp
 
 
@@ -151,19 +153,25 @@ def _activations(training: TrainingConfig, dims: ModelDims, size: int, device: D
     pipeline, chunks = training.pipeline_model_parallel_size, training.virtual_pipeline_model_parallel_size
     layers = dims.num_layers // pipeline
     tokens = training.sequence_length // training.context_parallel_size
-    per_token = layer_activation_bytes(training, dims, size, device)
+
+    def layer(recompute: str) -> float:
+        return layer_activation_bytes(training.model_copy(update={"recompute": recompute}), dims, size, device)
+
+    per_token = layer(training.recompute)
     # 1F1B: stage s holds as many micro-batches as there are stages from it on; interleaving adds a part of one.
     micro_batches = training.global_batch_size // training.data_parallel_size
     held: float = min(pipeline - stage, micro_batches)
     if chunks > 1:
         held += (pipeline - 1) / (pipeline * chunks)
-    formula = f"{per_token:,.0f} bytes × {tokens:,} tokens × {layers} layers"
+    again = min(training.recompute_layers, layers) if training.recompute == "block" else 0
+    formula = f"{per_token:,.0f} bytes × {tokens:,} tokens × {layers - again} layers"
+    if again:
+        formula = f"({formula} + {layer('full'):,.0f} bytes × {tokens:,} tokens × {again} layers)"
     formula += f" × {held:.3g} micro-batches" if pipeline > 1 else ""
-    nbytes = per_token * tokens * layers * held
-    if training.recompute == "full":
-        one = layer_activation_bytes(training.model_copy(update={"recompute": "none"}), dims, size, device)
-        formula += f" + one layer of {one:,.0f} bytes a token"
-        nbytes += one * tokens
+    nbytes = (per_token * (layers - again) + layer("full") * again) * tokens * held
+    if training.recompute in ("block", "full"):
+        formula += f" + one layer of {layer('none'):,.0f} bytes a token"
+        nbytes += layer("none") * tokens
     return Term("activations", formula, nbytes)
 
 

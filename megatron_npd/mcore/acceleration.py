@@ -42,7 +42,7 @@ def choose_acceleration(config: TrainingConfig) -> Acceleration:
         UserError: a part is "on" but cannot run here; the text says why.
     """
     obstacles = {
-        "transformer_engine": _transformer_engine_obstacle(),
+        "transformer_engine": transformer_engine_obstacle(),
         "fused_optimizer": _fused_optimizer_obstacle(),
         "gradient_accumulation_fusion": _fusion_obstacle(),
     }
@@ -68,12 +68,27 @@ def force_torch_optimizer() -> None:
 
 
 Obstacle = str | None
+FUSED_THD_ATTENTION = (9, 0)
+"""Compute capability that Transformer Engine's fused attention over packed sequences needs (its fused_attn.cpp); below
+it the plain one would hold scores of all tokens against all."""
 
 
-def _transformer_engine_obstacle() -> Obstacle:
+def transformer_engine_obstacle() -> Obstacle:
+    """Why Transformer Engine's parts cannot run here. Megatron replaces one that fails to import by a dummy."""
     if not torch.cuda.is_available():
         return "needs a GPU"
     return _import_obstacle("transformer_engine.pytorch")
+
+
+def transformer_engine_attention_obstacle() -> Obstacle:
+    """Why its attention over packed sequences cannot run here."""
+    if obstacle := transformer_engine_obstacle():
+        return obstacle
+    capability = torch.cuda.get_device_capability()
+    if capability < FUSED_THD_ATTENTION:
+        wanted, found = (".".join(map(str, numbers)) for numbers in (FUSED_THD_ATTENTION, capability))
+        return f"needs compute capability {wanted} or higher, {torch.cuda.get_device_name()} has {found}"
+    return None
 
 
 def _fused_optimizer_obstacle() -> Obstacle:

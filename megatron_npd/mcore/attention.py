@@ -1,7 +1,7 @@
 """Causal attention over packed (THD) sequences, one interface, three backends.
 
-    te            Transformer Engine's DotProductAttention (GPU)
-    torch_varlen  torch's own variable-length flash attention (GPU, 16-bit, torch >= 2.10)
+    te            Transformer Engine's DotProductAttention (GPU, 16-bit, compute capability 9.0 or higher)
+    torch_varlen  torch's own variable-length flash attention (GPU, 16-bit, torch >= 2.11)
     reference     torch's scaled_dot_product_attention, sequence by sequence (any device, any dtype)
 
 `choose_backend` picks the first that can run here and names it in the log; a forced backend that cannot run is
@@ -14,7 +14,7 @@ D head dimension.
 
 from __future__ import annotations
 
-import importlib.util
+import inspect
 import itertools
 import logging
 from typing import Any
@@ -26,6 +26,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 
 from megatron_npd.errors import UserError
+from megatron_npd.mcore.acceleration import transformer_engine_attention_obstacle
 from megatron_npd.mcore.packed import LocalSequences, PackedSequences
 
 logger = logging.getLogger(__name__)
@@ -88,7 +89,7 @@ class _PackedAttention(MegatronModule):
         **_: Any,
     ) -> torch.Tensor:
         """Attention output, [T, H * D]."""
-        assert packed_seq_params is not None and packed_seq_params.local is not None, "only packed batches"
+        assert isinstance(packed_seq_params, PackedSequences), "only packed batches"
         sequences = packed_seq_params.local
         if sequences.key_index is not None:
             key_TGD, value_TGD = (
@@ -128,13 +129,17 @@ class ReferenceAttention(_PackedAttention):
 
 
 class TorchVarlenAttention(_PackedAttention):
-    """torch.nn.attention.varlen: one flash-attention launch for the whole batch."""
+    """torch.nn.attention.varlen: one flash-attention launch for the whole batch.
+
+    From torch 2.12 on it wants to be told that there are fewer key heads than query heads; 2.11 computes it unasked.
+    """
 
     def attend(
         self, query_THD: torch.Tensor, key_UGD: torch.Tensor, value_UGD: torch.Tensor, sequences: LocalSequences
     ) -> torch.Tensor:
         from torch.nn.attention.varlen import varlen_attn
 
+        grouped = {"enable_gqa": query_THD.shape[1] != key_UGD.shape[1]}
         return varlen_attn(
             query_THD.contiguous(),
             key_UGD.contiguous(),
@@ -145,7 +150,7 @@ class TorchVarlenAttention(_PackedAttention):
             sequences.max_seqlen_k,
             scale=self.softmax_scale,
             window_size=(-1, 0),  # causal, aligned at the bottom right
-            enable_gqa=query_THD.shape[1] != key_UGD.shape[1],
+            **(grouped if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}),
         )
 
 
@@ -173,11 +178,16 @@ def _obstacle(backend: str, dtype: torch.dtype) -> str | None:
         return None
     if not torch.cuda.is_available():
         return "needs a GPU"
-    if backend == "te" and importlib.util.find_spec("transformer_engine") is None:
-        return "transformer_engine is not installed"
-    if backend == "torch_varlen":
-        if dtype not in (torch.bfloat16, torch.float16):
-            return "needs bfloat16 or float16"
-        if importlib.util.find_spec("torch.nn.attention.varlen") is None:
-            return "needs torch 2.10 or later"
-    return None
+    if dtype not in (torch.bfloat16, torch.float16):
+        return "needs bfloat16 or float16"
+    return transformer_engine_attention_obstacle() if backend == "te" else _varlen_obstacle()
+
+
+def _varlen_obstacle() -> str | None:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        lacking = ["varlen_attn"]
+    else:
+        lacking = sorted({"scale", "window_size"} - inspect.signature(varlen_attn).parameters.keys())
+    return f"needs torch 2.11 or later: {torch.__version__} has no {' and no '.join(lacking)}" if lacking else None

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
@@ -35,7 +36,7 @@ from megatron_npd.mcore import acceleration
 from megatron_npd.mcore.acceleration import Acceleration
 from megatron_npd.mcore.attention import attention_module
 from megatron_npd.mcore.packed import packed_sequences
-from megatron_npd.mcore.rotary import inverse_frequencies
+from megatron_npd.mcore.rotary import PackedRotary, inverse_frequencies
 from megatron_npd.models.hf_config import ModelDims, padded_vocab_size
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,9 @@ class ModelOptions:
     attention_backend: str
     sequence_parallel: bool = False
     recompute: str = "none"
-    """Activations computed again in the backward: none, selective (core attention) or full (whole layers)."""
+    """Activations computed again in the backward: none, selective (core attention), block (`recompute_layers` whole
+    layers of a pipeline stage) or full (all)."""
+    recompute_layers: int = 1
     acceleration: Acceleration = acceleration.NONE
 
 
@@ -122,6 +125,8 @@ def build_gpt(dims: ModelDims, parallel: Parallel, dtype: torch.dtype, options: 
         )
         if dims.rope_scaling is not None:
             model.rotary_pos_emb.inv_freq = inverse_frequencies(dims).to(parallel.device)
+        if not config.apply_rope_fusion:
+            model.rotary_pos_emb.__class__ = PackedRotary
         if is_last:
             model.output_layer.__class__ = SelectedRows  # GPTModel builds the layer itself; only its forward differs
         chunks.append(model.to(dtype=dtype, device=parallel.device))
@@ -129,20 +134,23 @@ def build_gpt(dims: ModelDims, parallel: Parallel, dtype: torch.dtype, options: 
 
 
 def forward_packed(
-    model: torch.nn.Module, tokens_T: torch.Tensor, cu_seqlens: torch.Tensor, rows_N: torch.Tensor, parallel: Parallel
+    model: torch.nn.Module, tokens_T: torch.Tensor, cu_seqlens: np.ndarray, rows_N: torch.Tensor, parallel: Parallel
 ) -> torch.Tensor:
     """One forward over a packed batch: hidden states to score, [N, H], on the last stage, else those for the next.
 
     Args:
         tokens_T: this rank's tokens: the whole pack, or its context-parallel share.
-        cu_seqlens: int32, bounds of the WHOLE pack's sequences.
+        cu_seqlens: int32, bounds of the WHOLE pack's sequences, in host memory.
         rows_N: int64, which of this rank's tokens to score.
     """
     gpt = unwrap(model)
     if gpt.post_process:
         gpt.output_layer.rows = rows_N
-    packed = packed_sequences(cu_seqlens, parallel.cp_rank, parallel.cp_size)
-    output = model(tokens_T[None], None, None, packed_seq_params=packed)  # rotary positions come from `packed`
+    fused = gpt.config.apply_rope_fusion
+    packed = packed_sequences(cu_seqlens, parallel.cp_rank, parallel.cp_size, parallel.device, fused)
+    if not fused:
+        gpt.rotary_pos_emb.positions = packed.positions
+    output = model(tokens_T[None], None, None, packed_seq_params=packed)
     return output[0] if gpt.post_process else output
 
 
@@ -198,6 +206,11 @@ def _transformer_config(
     recompute = {
         "none": {},
         "selective": {"recompute_granularity": "selective"},
+        "block": {
+            "recompute_granularity": "full",
+            "recompute_method": "block",
+            "recompute_num_layers": options.recompute_layers,
+        },
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     }[options.recompute]
     return TransformerConfig(
@@ -233,7 +246,8 @@ def _transformer_config(
         use_cpu_initialization=parallel.device in ("cpu", "meta"),  # meta: a model without memory, see torch_dist
         gradient_accumulation_fusion=options.acceleration.gradient_accumulation_fusion,
         bias_dropout_fusion=False,
-        bias_activation_fusion=False,
+        # SwiGLU in one kernel, which torch compiles.
+        bias_activation_fusion=parallel.device.startswith("cuda"),
         masked_softmax_fusion=False,
         apply_rope_fusion=options.acceleration.transformer_engine,
         persist_layer_norm=False,

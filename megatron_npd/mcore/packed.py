@@ -4,23 +4,49 @@ With context parallelism every sequence is cut in 2 cp equal chunks and rank r h
 rank then attends to the same number of keys (Transformer Engine's zig-zag). Every boundary in `cu_seqlens` must
 therefore be a multiple of 2 cp (`Parallel.sequence_alignment`).
 
+The bounds of the sequences stay in host memory: what is derived from them is computed there, when it is first asked
+for, and goes to the device without anybody waiting for the device.
+
 Legend: T tokens of the whole packed batch, S sequences.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+
+from megatron_npd.hardware.transfer import to_device
 
 
 @dataclass
 class PackedSequences(PackedSeqParams):
-    """Megatron's description of a packed batch, and this rank's part of it for our own attention backends."""
+    """Megatron's description of a packed batch, and what our own attention and rotary embedding need of it.
 
-    local: LocalSequences | None = None
+    `cu_seqlens_q` and `_kv` are for Transformer Engine, `local` and `positions` for what is our own.
+    """
+
+    bounds: np.ndarray | None = None
+    """int32 [S + 1] of the WHOLE batch, starting at 0, in host memory."""
+    cp_rank: int = 0
+    cp_size: int = 1
+    device: str = "cpu"
+
+    @functools.cached_property
+    def local(self) -> LocalSequences:
+        """This rank's part."""
+        return _local_sequences(self.bounds, self.cp_rank, self.cp_size, self.device)
+
+    @functools.cached_property
+    def positions(self) -> torch.Tensor:
+        """int64 [T / cp], the place in its sequence of each of this rank's tokens."""
+        pieces = [np.arange(*piece) - start for start, *piece in _pieces(self.bounds, self.cp_rank, self.cp_size)]
+        return to_device(self.device, np.concatenate(pieces).astype(np.int64))[0]
 
 
 @dataclass(frozen=True)
@@ -41,47 +67,68 @@ class LocalSequences:
     without context parallelism: keys are this rank's own tokens."""
 
 
-def packed_sequences(cu_seqlens: torch.Tensor, cp_rank: int = 0, cp_size: int = 1) -> PackedSequences:
-    """Describe a packed batch; `cu_seqlens` is int32 [S + 1] of the WHOLE batch, starting at 0."""
-    longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
-    whole = LocalSequences(cu_seqlens, cu_seqlens, longest, longest)
+def packed_sequences(
+    bounds: np.ndarray, cp_rank: int = 0, cp_size: int = 1, device: str = "cpu", fused_rotary: bool = False
+) -> PackedSequences:
+    """Describe a packed batch.
+
+    Args:
+        bounds: int32 [S + 1] of the WHOLE batch, starting at 0, in host memory.
+        fused_rotary: Megatron turns queries and keys sequence by sequence, in one kernel of Transformer Engine. Without
+            it their angles come from `positions`, and Megatron must not look at sequences.
+    """
+    longest = int(np.diff(bounds).max())
+    cu_seqlens = to_device(device, bounds)[0] if fused_rotary else None
     return PackedSequences(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
-        local=whole if cp_size == 1 else _zigzag_pieces(cu_seqlens, cp_rank, cp_size),
+        bounds=bounds,
+        cp_rank=cp_rank,
+        cp_size=cp_size,
+        device=device,
     )
 
 
-def _zigzag_pieces(cu_seqlens: torch.Tensor, cp_rank: int, cp_size: int) -> LocalSequences:
-    """Two pieces a sequence: chunk r attends to chunks 0..r, chunk 2 cp - 1 - r to chunks 0..2 cp - 1 - r."""
-    key_parts, query_lengths, key_lengths = [], [], []
-    for start, end in itertools.pairwise(cu_seqlens.tolist()):
-        chunk, remainder = divmod(end - start, 2 * cp_size)
-        assert not remainder, f"sequence of {end - start} positions, must be a multiple of {2 * cp_size}"
+def _pieces(bounds: np.ndarray, cp_rank: int, cp_size: int) -> Iterator[tuple[int, int, int]]:
+    """(start of its sequence, start, end) in the whole batch of each piece of this rank, in its order."""
+    for start, end in itertools.pairwise(bounds.tolist()):
+        if cp_size == 1:
+            yield start, start, end
+            continue
+        chunk = _chunk_length(start, end, cp_size)
         for number in (cp_rank, 2 * cp_size - 1 - cp_rank):
-            query_lengths.append(chunk)
-            key_lengths.append(chunk * (number + 1))
-            key_parts += [_place_of_chunk(start, chunk, n, cu_seqlens[-1], cp_size) for n in range(number + 1)]
-    device = cu_seqlens.device
-    bounds_q, bounds_k = (
-        torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
-        for lengths in (query_lengths, key_lengths)
+            yield start, start + number * chunk, start + (number + 1) * chunk
+
+
+def _chunk_length(start: int, end: int, cp_size: int) -> int:
+    chunk, remainder = divmod(end - start, 2 * cp_size)
+    assert not remainder, f"sequence of {end - start} positions, must be a multiple of {2 * cp_size}"
+    return chunk
+
+
+def _local_sequences(bounds: np.ndarray, cp_rank: int, cp_size: int, device: str) -> LocalSequences:
+    """Each piece's queries attend to its sequence up to the piece's last token."""
+    if cp_size == 1:
+        (cu_seqlens,), longest = to_device(device, bounds), int(np.diff(bounds).max())
+        return LocalSequences(cu_seqlens, cu_seqlens, longest, longest)
+    pieces = list(_pieces(bounds, cp_rank, cp_size))
+    queries, keys = [end - begin for _, begin, end in pieces], [end - start for start, _, end in pieces]
+    places = _places_after_gathering(bounds, cp_size)
+    bounds_q, bounds_k, key_index = to_device(
+        device,
+        np.cumsum([0, *queries], dtype=np.int32),
+        np.cumsum([0, *keys], dtype=np.int32),
+        np.concatenate([places[start:end] for start, _, end in pieces]),
     )
-    return LocalSequences(
-        bounds_q, bounds_k, max(query_lengths), max(key_lengths), torch.cat(key_parts).to(device, torch.int64)
-    )
+    return LocalSequences(bounds_q, bounds_k, max(queries), max(keys), key_index)
 
 
-def _place_of_chunk(start: int, chunk: int, number: int, total: torch.Tensor, cp_size: int) -> torch.Tensor:
-    """Where a sequence's chunk lies among the ranks' tokens gathered in rank order.
-
-    Rank r holds T / cp tokens; of a sequence that starts at `start` they lie at start / cp, first chunk r, then chunk
-    2 cp - 1 - r.
-    """
-    first_half = number < cp_size
-    rank = number if first_half else 2 * cp_size - 1 - number
-    begin = rank * (int(total) // cp_size) + start // cp_size + (0 if first_half else chunk)
-    return torch.arange(begin, begin + chunk)
+def _places_after_gathering(bounds: np.ndarray, cp_size: int) -> np.ndarray:
+    """int64 [T]: where each token of the batch lies when the ranks' tokens are gathered in rank order."""
+    places = np.empty(bounds[-1], dtype=np.int64)
+    order = [np.arange(begin, end) for rank in range(cp_size) for _, begin, end in _pieces(bounds, rank, cp_size)]
+    places[np.concatenate(order)] = np.arange(bounds[-1])
+    return places

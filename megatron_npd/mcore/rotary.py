@@ -1,10 +1,14 @@
-"""Rotary frequencies as a checkpoint's config.json says, for scalings that Megatron's own arguments cannot express."""
+"""Rotary embedding: frequencies as a checkpoint's config.json says, and the angles of packed sequences in one go.
+
+Legend: T this rank's tokens of a pack, D head dimension.
+"""
 
 from __future__ import annotations
 
 import math
 
 import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
 from megatron_npd.models.hf_config import ModelDims, RopeScaling
 
@@ -30,3 +34,18 @@ def scaled(frequencies: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     kept = ((waves_in_pretraining - low) / (high - low)).clamp(0.0, 1.0)
     return (1.0 - kept) * slowed + kept * frequencies
+
+
+class PackedRotary(RotaryEmbedding):
+    """Angles of every token of a pack, gathered once a forward.
+
+    Megatron's own way, without Transformer Engine's kernel, is a loop over the sequences in each layer, for queries and
+    for keys, that waits for the device: for a pack of 30 sequences thousands of small launches.
+    """
+
+    positions: torch.Tensor
+    """int64 [T]; set before each forward."""
+
+    def forward(self, max_seq_len: int, *_: object, **__: object) -> torch.Tensor:
+        """Angles, float32 [T, 1, D]."""
+        return self.get_emb(max_seq_len)[:, 0].index_select(0, self.positions)

@@ -14,6 +14,7 @@ import torch
 from megatron_npd.data.batch import lay_out
 from megatron_npd.data.packing import pack
 from megatron_npd.distributed.parallel import Parallel
+from megatron_npd.hardware.transfer import to_device
 from megatron_npd.kernels import token_logprobs, topk_logprobs
 from megatron_npd.mcore.model import (
     ModelOptions,
@@ -62,7 +63,8 @@ class PrefillModel:
     @torch.no_grad()
     def hidden(self, pairs: list[Pair]) -> torch.Tensor:
         """Last hidden states at the positions that predict the pairs' response tokens, [N, H]."""
-        tokens, cu_seqlens, rows = (torch.from_numpy(x).to(self.parallel.device) for x in lay_out(pairs))
+        tokens, cu_seqlens, rows = lay_out(pairs)
+        tokens, rows = to_device(self.parallel.device, tokens, rows)
         return forward_packed(self.model, tokens, cu_seqlens, rows, self.parallel)
 
     @torch.no_grad()

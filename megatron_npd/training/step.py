@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
-import numpy as np
 import torch
 
 from megatron_npd.config import TrainingConfig
 from megatron_npd.data.batch import PackedBatch
 from megatron_npd.distributed.parallel import Parallel
+from megatron_npd.hardware.transfer import to_device
 from megatron_npd.kernels import linear_ce_topk_kl, token_logprobs
 from megatron_npd.mcore.model import forward_packed, head_weight, projected, valid_vocab_columns
 from megatron_npd.mcore.optimizer import sum_over
@@ -52,10 +52,11 @@ def forward_step(
 
     def step(batches: Iterator[PackedBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
         batch = next(batches)
-        output = forward_packed(model, *_tensors(parallel.device, batch.tokens, batch.cu_seqlens, batch.rows), parallel)
+        tokens, rows = to_device(parallel.device, batch.tokens, batch.rows)
+        output = forward_packed(model, tokens, batch.cu_seqlens, rows, parallel)
 
         def loss(hidden_NH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-            *annotation, behaviour_N = _tensors(
+            *annotation, behaviour_N = to_device(
                 parallel.device,
                 batch.targets,
                 batch.topk_ids,
@@ -106,10 +107,8 @@ def logprob_step(
 
     def step(batches: Iterator[PackedBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
         batch = next(batches)
-        tokens, cu_seqlens, rows, targets = _tensors(
-            parallel.device, batch.tokens, batch.cu_seqlens, batch.rows, batch.targets
-        )
-        output = forward_packed(model, tokens, cu_seqlens, rows, parallel)
+        tokens, rows, targets = to_device(parallel.device, batch.tokens, batch.rows, batch.targets)
+        output = forward_packed(model, tokens, batch.cu_seqlens, rows, parallel)
 
         def report(hidden_NH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
             logprobs = [
@@ -122,7 +121,3 @@ def logprob_step(
         return output, report
 
     return step
-
-
-def _tensors(device: str, *arrays: np.ndarray) -> tuple[torch.Tensor, ...]:
-    return tuple(torch.from_numpy(array).to(device) for array in arrays)

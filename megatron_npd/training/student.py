@@ -49,7 +49,11 @@ def make_student(config: Config) -> Student:
     dtype = getattr(torch, config.models.dtype)
     acceleration = choose_acceleration(layout)
     options = ModelOptions(
-        choose_backend(layout.attention_backend, dtype), layout.sequence_parallel, layout.recompute, acceleration
+        choose_backend(layout.attention_backend, dtype),
+        layout.sequence_parallel,
+        layout.recompute,
+        layout.recompute_layers,
+        acceleration,
     )
     models = build_gpt(dims, parallel, dtype, options)
     load_hugging_face(named_parameters(models), config.models.student, dims, parallel)

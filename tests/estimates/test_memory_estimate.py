@@ -85,15 +85,28 @@ def configuration(**training: Any) -> Config:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("qk_norm", [False, True])
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "block", "full"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_activations_are_what_autograd_keeps(dtype: str, recompute: str, qk_norm: bool, parallel: Parallel) -> None:
-    """Of one layer more, each storage once, in a real Megatron model; parameters are not counted."""
+    """Of one layer more, each storage once, in a real Megatron model; parameters are not counted. Of a block of one
+    layer the second is kept."""
     config = configuration(dtype=dtype, recompute=recompute)
     dims = replace(DIMS, qk_norm=qk_norm)
     kept = {layers: kept_bytes(replace(dims, num_layers=layers), dtype, recompute, parallel) for layers in (1, 2)}
     estimated = layer_activation_bytes(config.training, dims, 2 if dtype == "bfloat16" else 4, "cpu")
     assert (kept[2] - kept[1]) / config.training.sequence_length == pytest.approx(estimated, rel=0.005)
+
+
+def test_a_block_of_all_layers_is_all_of_them_and_one_of_fewer_is_between() -> None:
+    def activations(**training: Any) -> float:
+        return terms(trainer_memory(configuration(**training), DIMS, "gpu"))["activations"]
+
+    layers = DIMS.num_layers
+    assert activations(recompute="block", recompute_layers=layers) == activations(recompute="full")
+    one, two = (activations(recompute="block", recompute_layers=count) for count in (1, 2))
+    assert activations(recompute="full") <= two < one
+    whole = activations(recompute="none")  # and of those that are computed again, one at a time is there as a whole
+    assert one - two == pytest.approx((whole - (activations(recompute="full") - whole / layers)) / layers)
 
 
 def kept_bytes(dims: ModelDims, dtype: str, recompute: str, parallel: Parallel) -> int:
@@ -111,7 +124,7 @@ def kept_bytes(dims: ModelDims, dtype: str, recompute: str, parallel: Parallel) 
             storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    bounds = torch.tensor([0, 96, 288, 512], dtype=torch.int32)  # multiples of 32: see mcore.attention
+    bounds = np.array([0, 96, 288, 512], dtype=np.int32)  # multiples of 32: see mcore.attention
     tokens, rows = torch.zeros(512, dtype=torch.int64), torch.arange(50)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         hidden = forward_packed(model, tokens, bounds, rows, parallel)

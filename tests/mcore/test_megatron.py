@@ -21,6 +21,7 @@ LAYOUTS = {
         "balanced_packs": {"packing": "balanced"},
         "chunked_logits": {"training": {"logits_chunk_tokens": 7}},
         "recompute_full": {"training": {"recompute": "full"}},
+        "recompute_block": {"training": {"recompute": "block", "recompute_layers": 1}},
         "recompute_selective": {"training": {"recompute": "selective"}},
     },
     2: {

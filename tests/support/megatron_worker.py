@@ -128,7 +128,9 @@ def train(job: dict[str, Any]) -> None:
     )
     dims = read_model_dims(job["checkpoint"])
     dtype = getattr(torch, job.get("dtype", "float32"))
-    options = ModelOptions(choose_backend("auto", dtype), config.sequence_parallel, config.recompute)
+    options = ModelOptions(
+        choose_backend("auto", dtype), config.sequence_parallel, config.recompute, config.recompute_layers
+    )
     models = build_gpt(dims, parallel, dtype, options)
     load_hugging_face(named_parameters(models), job["checkpoint"], dims, parallel)
     loaded = {n: t.clone() for n, t in gather_hugging_face(named_parameters(models), dims, parallel)}
