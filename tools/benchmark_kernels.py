@@ -31,6 +31,15 @@ import torch
 from megatron_npd.distributed.parallel import SINGLE
 from megatron_npd.errors import UserError
 from megatron_npd.kernels import ce_topk_kl, native, token_logprobs, topk_logprobs
+from megatron_npd.kernels.objective import (
+    Labels,
+    Objective,
+    merge_statistics,
+    partial_statistics,
+    token_losses,
+    write_gradient,
+)
+from megatron_npd.kernels.vocab_parallel import VocabShard
 
 K, KD_LAMBDA = 10, 0.9
 UNAVOIDABLE_PASSES = {"score": 1, "topk": 1, "loss": 3}
@@ -67,6 +76,16 @@ class Problem:
         self.ids, self.targets = ids.to(device), targets.to(device)
         self.logprobs, self.tail = probabilities[:, :K].log().to(device), probabilities[:, K].to(device)
         self.vocabulary = vocabulary
+        self.overwritten = self.logits.clone()
+
+    def loss_in_place(self) -> torch.Tensor:
+        """Our loss with its gradient in the memory of its logits, as the trainer takes it (`kernels.linear`)."""
+        labels, shard = Labels(self.targets, self.ids, self.logprobs, self.tail), VocabShard(0, self.vocabulary)
+        objective, logits = Objective(KD_LAMBDA, "bucket"), self.overwritten
+        statistics = merge_statistics(partial_statistics(logits, labels, objective, shard)[None])
+        losses = token_losses(statistics, labels, objective)
+        write_gradient(logits, logits, torch.ones_like(losses.loss), statistics, labels, objective, shard)
+        return losses.loss
 
     def loss(self) -> torch.Tensor:
         """Our loss with its gradient."""
@@ -130,7 +149,12 @@ def candidates(problem: Problem, compiled: bool) -> dict[str, Candidates]:
             "fused": score,
         },
         "topk": {"torch": torch_topk, "reference": without_kernels(topk), "fused": topk},
-        "loss": {"torch": problem.torch_loss, "reference": without_kernels(problem.loss), "fused": problem.loss},
+        "loss": {
+            "torch": problem.torch_loss,
+            "reference": without_kernels(problem.loss),
+            "fused": problem.loss,
+            "fused, in place": problem.loss_in_place,
+        },
     }
     if compiled:
         operators["score"]["torch.compile"] = torch.compile(torch_score)
@@ -215,7 +239,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=9, help="times every candidate runs")
-    parser.add_argument("--compile", action="store_true", help="also torch.compile (slow to start on a CPU)")
+    text = "also torch.compile (slow to start on a CPU; default: on a GPU)"
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help=text)
     parser.add_argument("--json", type=Path, help="also write the figures here")
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -232,13 +257,14 @@ def main(argv: list[str] | None = None) -> int:
 def run_all(arguments: argparse.Namespace) -> list[Measured]:
     torch.set_num_threads(arguments.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    compiled = device == "cuda" if arguments.compile is None else arguments.compile
     if not native.run_on(device):
         raise UserError(f"the fused kernels do not run on {device}: the log above says why")
     bandwidth = copy_bandwidth(device) if device == "cuda" else None
     results = []
     for vocabulary in arguments.vocabulary:
         problem = Problem(arguments.rows, vocabulary, getattr(torch, arguments.dtype), device)
-        for operator, runs in candidates(problem, arguments.compile or device == "cuda").items():
+        for operator, runs in candidates(problem, compiled).items():
             results += measure(operator, runs, problem, arguments.rounds, bandwidth)
     return results
 

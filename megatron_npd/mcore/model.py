@@ -36,7 +36,7 @@ from megatron_npd.mcore import acceleration
 from megatron_npd.mcore.acceleration import Acceleration
 from megatron_npd.mcore.attention import attention_module
 from megatron_npd.mcore.packed import packed_sequences
-from megatron_npd.mcore.rotary import PackedRotary, inverse_frequencies
+from megatron_npd.mcore.rotary import PackedRotary, compile_turning, inverse_frequencies
 from megatron_npd.models.hf_config import ModelDims, padded_vocab_size
 
 logger = logging.getLogger(__name__)
@@ -127,6 +127,8 @@ def build_gpt(dims: ModelDims, parallel: Parallel, dtype: torch.dtype, options: 
             model.rotary_pos_emb.inv_freq = inverse_frequencies(dims).to(parallel.device)
         if not config.apply_rope_fusion:
             model.rotary_pos_emb.__class__ = PackedRotary
+            if parallel.device.startswith("cuda"):
+                compile_turning()
         if is_last:
             model.output_layer.__class__ = SelectedRows  # GPTModel builds the layer itself; only its forward differs
         chunks.append(model.to(dtype=dtype, device=parallel.device))

@@ -102,17 +102,15 @@ FAULTS = [
     ),
     Fault(
         "ids of other shards read local column 0",
-        "return torch.where(mine_CK, local_CK, 0.0)",
-        "return local_CK",
+        "return torch.where(mine_CK, logits_CV.gather(1, column_CK).float(), 0.0)",
+        "return logits_CV.gather(1, column_CK).float()",
         check_values_of_foreign_ids,
         "foreign ids enter the loss",
     ),
     Fault(
         "ids of other shards write local column 0",
-        "row, place = self.owns(ids_CK).nonzero(as_tuple=True)\n"
-        "        return row, place, ids_CK[row, place] - self.first",
-        "row, place = torch.ones_like(ids_CK).nonzero(as_tuple=True)\n"
-        "        return row, place, torch.where(self.owns(ids_CK), ids_CK - self.first, 0)[row, place]",
+        "into_CV.scatter_(1, columns_CK, torch.where(mine_CK, values_CK, spare_C1))",
+        "into_CV.scatter_(1, column_CK, values_CK)",
         check_gradients_of_foreign_ids,
         "foreign ids enter the gradient",
     ),
