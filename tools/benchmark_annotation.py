@@ -69,6 +69,7 @@ def measure(root: Path, threads: int) -> dict[str, Any]:
     """
     import torch
 
+    from megatron_npd.mcore.model import ModelOptions
     from megatron_npd.mcore.model_parallel import initialize, shutdown
     from megatron_npd.teacher.prefill import PrefillModel
 
@@ -82,7 +83,9 @@ def measure(root: Path, threads: int) -> dict[str, Any]:
     torch.set_num_threads(threads)
     parallel, dtype = initialize(), getattr(torch, config.models.dtype)
     teacher, student, exact = (
-        PrefillModel(folder, parallel, kind, "reference", _vocabulary(config), config.training.logits_chunk_tokens)
+        PrefillModel(
+            folder, parallel, kind, ModelOptions("reference"), _vocabulary(config), config.training.logits_chunk_tokens
+        )
         for folder, kind in (
             (config.models.teacher, dtype),
             (config.models.student, dtype),

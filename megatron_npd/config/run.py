@@ -174,10 +174,11 @@ class TrainingConfig(Section):
     logits_chunk_tokens: int = Field(4096, ge=1)
     """Rows projected to the vocabulary at a time: the logits of a whole pack never exist."""
     attention_backend: Literal["auto", "te", "torch_varlen", "reference"] = "auto"
-    """Packed attention of the trainer; anything but auto is forced, and refused where it cannot run. Annotators choose
-    for themselves and say in their log what they chose."""
+    """Packed attention of trainer and annotators; anything but auto is forced, and refused where it cannot run. Their
+    logs say what was chosen."""
     transformer_engine: Literal["auto", "on", "off"] = "auto"
-    """Transformer Engine's layers (fused norms and linear layers). on: refused where it cannot run."""
+    """Transformer Engine's layers (fused norms, linear layers and rotary embedding) in trainer and annotators. on:
+    refused where it cannot run."""
     fused_optimizer: Literal["auto", "on", "off"] = "auto"
     """Adam of Transformer Engine or NVIDIA apex instead of torch's. on: refused where neither can run."""
     gradient_accumulation_fusion: Literal["auto", "on", "off"] = "auto"
@@ -276,6 +277,10 @@ class Config(Section):
     """Where the roles meet: on a filesystem all of them see."""
     seed: int = Field(1234, ge=0)
     """Seeds sampling, the order of training and initialisation."""
+    deterministic: bool = False
+    """The same bits every time, also of a unit that is sampled again and on GPUs, at the price of speed: there,
+    kernels without atomic sums, above all in attention's backward, and vLLM's batch-invariant ones; on a CPU, where
+    only sampling depends on what else is in a batch, one unit of it at a time. Otherwise the same to rounding."""
     models: ModelsConfig
     prompts: PromptsConfig
     rounds: RoundsConfig = RoundsConfig()
@@ -339,9 +344,9 @@ class Config(Section):
     def identity(self) -> dict[str, Any]:
         """Everything that decides what the run computes, nested as in the file. The rest may change on a restart:
         the directory, what stays on disk, `launch`, `slurm`, how the trainer is laid out over ranks and how it saves,
-        and why a dtype was chosen.
+        `deterministic`, and why a dtype was chosen.
         """
-        whole = dict.fromkeys(("run_directory", "buffer", "launch", "slurm"), True)
+        whole = dict.fromkeys(("run_directory", "deterministic", "buffer", "launch", "slurm"), True)
         return self.model_dump(exclude=whole | CHANGEABLE)
 
     def with_dtype(self, dtype: str, reason: str) -> Config:

@@ -21,6 +21,8 @@ from megatron_npd.config import TrainingConfig
 from megatron_npd.errors import UserError
 
 logger = logging.getLogger(__name__)
+Obstacle = str | None
+"""Why a part cannot run here."""
 
 
 @dataclass(frozen=True)
@@ -41,19 +43,25 @@ def choose_acceleration(config: TrainingConfig) -> Acceleration:
     Raises:
         UserError: a part is "on" but cannot run here; the text says why.
     """
-    obstacles = {
-        "transformer_engine": transformer_engine_obstacle(),
-        "fused_optimizer": _fused_optimizer_obstacle(),
-        "gradient_accumulation_fusion": _fusion_obstacle(),
-    }
-    chosen = {}
-    for name, obstacle in obstacles.items():
-        wanted = getattr(config, name)
-        if wanted == "on" and obstacle:
-            raise UserError(f"training.{name} = 'on': cannot run here: {obstacle}")
-        chosen[name] = wanted != "off" and obstacle is None
-        logger.info("%s: %s", name, "used" if chosen[name] else f"not used ({obstacle or 'off'})")
-    return Acceleration(**chosen)
+    return Acceleration(
+        _chosen(config, "transformer_engine", transformer_engine_obstacle()),
+        _chosen(config, "fused_optimizer", _fused_optimizer_obstacle()),
+        _chosen(config, "gradient_accumulation_fusion", _fusion_obstacle()),
+    )
+
+
+def choose_layers(config: TrainingConfig) -> Acceleration:
+    """The same for a model that is not trained: its layers alone. Raises as `choose_acceleration` does."""
+    return Acceleration(_chosen(config, "transformer_engine", transformer_engine_obstacle()))
+
+
+def _chosen(config: TrainingConfig, name: str, obstacle: Obstacle) -> bool:
+    wanted = getattr(config, name)
+    if wanted == "on" and obstacle:
+        raise UserError(f"training.{name} = 'on': cannot run here: {obstacle}")
+    used = wanted != "off" and obstacle is None
+    logger.info("%s: %s", name, "used" if used else f"not used ({obstacle or 'off'})")
+    return used
 
 
 def force_torch_optimizer() -> None:
@@ -67,7 +75,6 @@ def force_torch_optimizer() -> None:
     optimizer.USING_PYTORCH_OPTIMIZER = True
 
 
-Obstacle = str | None
 FUSED_THD_ATTENTION = (9, 0)
 """Compute capability that Transformer Engine's fused attention over packed sequences needs (its fused_attn.cpp); below
 it the plain one would hold scores of all tokens against all."""

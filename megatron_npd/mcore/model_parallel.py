@@ -20,8 +20,12 @@ def initialize(
     virtual_pipeline_model_parallel_size: int = 1,
     seed: int = 1234,
     timeout: timedelta = timedelta(minutes=30),
+    deterministic: bool = False,
 ) -> Parallel:
     """Join the other ranks (RANK and WORLD_SIZE from the environment; alone without) and lay out the groups.
+
+    `deterministic`: on GPUs torch takes kernels that sum in a fixed order, and warns of one that has none. The rest of
+    it is in the environment (`supervise.role_work`).
 
     Raises:
         ValueError: WORLD_SIZE is not a multiple of tensor × pipeline × context parallel size.
@@ -38,6 +42,7 @@ def initialize(
     if torch.cuda.is_available():
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', rank % torch.cuda.device_count()))}"
         torch.cuda.set_device(device)
+        torch.use_deterministic_algorithms(deterministic, warn_only=True)
     if not dist.is_initialized():
         dist.init_process_group(
             "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl",

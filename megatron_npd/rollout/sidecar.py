@@ -21,6 +21,7 @@ from megatron_npd.buffer.role_context import RoleContext
 from megatron_npd.buffer.shards import Shard, write_shard
 from megatron_npd.buffer.work import UnitsInHand, WorkUnit
 from megatron_npd.config import Config
+from megatron_npd.hardware.device import device_here
 from megatron_npd.models.hf_config import eos_token_ids
 from megatron_npd.process.activity import doing
 from megatron_npd.process.memory import release_unused
@@ -50,6 +51,11 @@ class Sidecar:
     @property
     def run(self) -> RunDirectory:
         return self.context.run
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether units must not share a batch: on a GPU vLLM has kernels for which it makes no difference."""
+        return self.config.deterministic and device_here() == "cpu"
 
     def undone(self, stage: Stage) -> bool:
         """Whether a unit of the stage is missing."""
@@ -167,7 +173,7 @@ def _reach_version(sidecar: Sidecar, engine: RolloutEngine, wanted: int) -> None
 
 def generate(sidecar: Sidecar, engine: RolloutEngine, stages: list[Stage]) -> None:
     """Generate the units of these stages, all by the version that is served, that nobody else does."""
-    batch, throughput = RolloutBatch(engine, sidecar.requests_of), Throughput()
+    batch, throughput = RolloutBatch(engine, sidecar.requests_of, sidecar.one_by_one), Throughput()
     with UnitsInHand(sidecar.run, sidecar.config, "rollouts", stages, sidecar.has_room) as hand:
         while True:
             _top_up(batch, hand)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from pathlib import Path
 from megatron_npd.buffer.listing import finished_units, is_finished
 from megatron_npd.buffer.plan import Plan, Stage
 from megatron_npd.config import Config
+from megatron_npd.hardware.device import device_here
 from megatron_npd.process.waiting import takes_turns
 from megatron_npd.roles import ANNOTATOR, ROLLOUT, ROLLOUT_TEACHER, SIDECAR, STUDENT, TEACHER, TRAINER
 from megatron_npd.run_directory import RunDirectory
@@ -134,13 +136,37 @@ class Work:
 def role_environment(config: Config, role: str) -> dict[str, str]:
     """What a process of `trainer`, `annotator` or `rollout` needs in its environment before it imports anything."""
     threads = {TRAINER: config.training, ANNOTATOR: config.annotator, ROLLOUT: config.rollout}[role].threads
-    return {
+    environment = {
         "OMP_NUM_THREADS": str(threads),
         # Idle OpenMP threads otherwise spin, and take the cores from the role whose turn it is (10 times slower).
         "OMP_WAIT_POLICY": "PASSIVE",
         "HF_HUB_OFFLINE": "1",  # everything lies on this filesystem; a look-up elsewhere would only hang
         "TOKENIZERS_PARALLELISM": "false",
     }
+    if device_here() == "gpu":
+        environment |= {n: value for n, value in _gpu_environment(config, role).items() if n not in os.environ}
+    return environment
+
+
+def _gpu_environment(config: Config, role: str) -> dict[str, str]:
+    """What a role wants of CUDA; what the user set stands."""
+    if role == ROLLOUT:  # vLLM chooses for itself
+        return {"VLLM_BATCH_INVARIANT": "1"} if config.deterministic else {}
+    environment = {}
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its older name
+        # Packs differ in their numbers of sequences and rows: blocks of fixed sizes would leave holes.
+        environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    if {TRAINER: config.training, ANNOTATOR: config.annotator}[role].tensor_model_parallel_size > 1:
+        # One queue: a collective that overlaps with a product must have been launched before it (Megatron-Core's
+        # tensor_parallel/layers.py).
+        environment["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    if config.deterministic:
+        environment |= {
+            "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",  # Transformer Engine's attention
+            "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # what torch asks for
+            "NCCL_ALGO": "Ring",  # sums in an order that does not depend on the load
+        }
+    return environment
 
 
 def _ranks(name: str, run: RunDirectory, world_size: int, scratch: Path, env: dict[str, str]) -> list[Command]:

@@ -27,7 +27,9 @@ from megatron_npd.distributed.collectives import broadcast_object
 from megatron_npd.distributed.together import wait_together
 from megatron_npd.errors import UserError
 from megatron_npd.files import write_json
+from megatron_npd.mcore.acceleration import choose_layers
 from megatron_npd.mcore.attention import choose_backend
+from megatron_npd.mcore.model import ModelOptions
 from megatron_npd.mcore.model_parallel import initialize, shutdown
 from megatron_npd.models.hf_config import eos_token_ids, read_model_dims
 from megatron_npd.process.activity import doing
@@ -76,12 +78,16 @@ class Annotator:
         self.context = context = RoleContext(config, ANNOTATOR)
         self.config, self.run, self.plan = config, context.run, context.plan
         torch.set_num_threads(config.annotator.threads)
-        self.parallel = initialize(config.annotator.tensor_model_parallel_size, seed=config.seed)
-        dtype = getattr(torch, config.models.dtype)
-        backend = choose_backend("auto", dtype)
+        self.parallel = initialize(
+            config.annotator.tensor_model_parallel_size, seed=config.seed, deterministic=config.deterministic
+        )
+        dtype, chunk_tokens = getattr(torch, config.models.dtype), config.training.logits_chunk_tokens
+        options = ModelOptions(
+            choose_backend(config.training.attention_backend, dtype), acceleration=choose_layers(config.training)
+        )
         self.vocabulary = _common_vocabulary(config)
         self.teacher, self.student = (
-            PrefillModel(folder, self.parallel, dtype, backend, self.vocabulary, config.training.logits_chunk_tokens)
+            PrefillModel(folder, self.parallel, dtype, options, self.vocabulary, chunk_tokens)
             for folder in (config.models.teacher, config.models.student)
         )
         self.student_version: int | None = None
@@ -93,7 +99,12 @@ class Annotator:
         if self.parallel.rank == 0:
             context.open_metrics()
         seconds = time.monotonic() - context.started
-        context.log(Event.START, import_seconds=context.import_seconds, seconds=seconds, attention_backend=backend)
+        context.log(
+            Event.START,
+            import_seconds=context.import_seconds,
+            seconds=seconds,
+            attention_backend=options.attention_backend,
+        )
 
     def next_task(self) -> Task | None:
         """The next thing to do, the same on every rank; None when the run needs no annotator any more."""

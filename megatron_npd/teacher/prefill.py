@@ -38,7 +38,7 @@ class PrefillModel:
         folder: str | Path,
         parallel: Parallel,
         dtype: torch.dtype,
-        backend: str,
+        options: ModelOptions,
         vocabulary: int,
         chunk_tokens: int = 4096,
     ):
@@ -47,7 +47,7 @@ class PrefillModel:
         self.dims: ModelDims = read_model_dims(folder)
         self.parallel = parallel
         self.chunk_tokens = chunk_tokens
-        [self.model] = build_gpt(self.dims, parallel, dtype, ModelOptions(backend))
+        [self.model] = build_gpt(self.dims, parallel, dtype, options)
         self.model.eval().requires_grad_(False)
         self.valid = valid_vocab_columns(self.dims.vocab_size, parallel, vocabulary)
         self.load(folder)

@@ -16,6 +16,7 @@ class StepReport:
     gradient_norm: float
     learning_rate: float
     seconds: float
+    """From wanting the batches to knowing the loss, without waiting for a turn at computing."""
     positions: int
     """Positions computed, padding included."""
     used_positions: int

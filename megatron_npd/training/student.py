@@ -44,6 +44,7 @@ def make_student(config: Config) -> Student:
         layout.context_parallel_size,
         layout.virtual_pipeline_model_parallel_size,
         config.seed,
+        deterministic=config.deterministic,
     )
     dims = read_model_dims(config.models.student)
     dtype = getattr(torch, config.models.dtype)

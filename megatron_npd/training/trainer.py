@@ -7,7 +7,9 @@ import functools
 import logging
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
+from typing import NamedTuple
 
 from megatron_npd.buffer.plan import Stage, epochs_of, publishing_step
 from megatron_npd.buffer.retention import retire_stages
@@ -27,6 +29,7 @@ from megatron_npd.process.activity import doing, waiting
 from megatron_npd.process.memory import release_unused
 from megatron_npd.roles import TRAINER
 from megatron_npd.schema import TEACHER_VERSION, Event
+from megatron_npd.training.made_in_turn import made_in_turn
 from megatron_npd.training.position import Position
 from megatron_npd.training.publishing import make_publisher, publish, write_student
 from megatron_npd.training.samples import StageIndex, open_stage, wait_for_stage
@@ -52,6 +55,14 @@ def run(config: Config) -> None:
             trainer.train()
     finally:
         shutdown()
+
+
+class Prepared(NamedTuple):
+    """A step's packs, dealt out over the data-parallel ranks, and this rank's micro-batches."""
+
+    costs: PackCosts
+    shares: list[list[list[int]]]
+    batches: list[PackedBatch]
 
 
 class Trainer:
@@ -104,15 +115,18 @@ class Trainer:
         done = self.position.enter(stage.name)
         logger.info("%s: %d samples, %d of %d steps left", stage.name, len(samples), len(steps) - done, len(steps))
         publish_at = publishing_step(self.config, self.plan, stage, len(steps))
+        on_gpu = self.parallel.device != "cpu"
+        prepared = made_in_turn(functools.partial(self._prepare, samples), steps[done:], ahead=on_gpu)
         for number, step in enumerate(steps[done:], start=done + 1):
             with doing(f"training on {stage.name}, step {number} of {len(steps)}"):
-                drift = self._optimizer_step(stage, samples, step)
+                drift = self._optimizer_step(stage, samples, step, prepared)
             if number == publish_at or self._refresh_is_due(stage, drift):
                 self.publish(stage.publishes)
             self.publisher.poll()
             if number < len(steps):
                 self._checkpoint_if_due()
                 leave_if_asked(self.parallel)
+        prepared.close()
         samples.close()
         self.position.leave()
         self._checkpoint()
@@ -147,22 +161,31 @@ class Trainer:
             logger.info("the student is in %s", self.run.student)
         barrier()
 
-    def _optimizer_step(self, stage: Stage, samples: StageIndex, step: Step) -> float | None:
-        """One optimizer step; the near-policy KL on every rank (None in the warm-up: another model's samples)."""
-        training, parallel, student = self.config.training, self.parallel, self.student
-        rate = learning_rate_of(self.config, self.plan, stage, step)
+    def _prepare(self, samples: StageIndex, step: Step) -> Prepared:
+        """Deal out a step's packs, and read and collate this rank's."""
+        training, parallel = self.config.training, self.parallel
         costs = PackCosts(self.costs, samples.lengths, training.sequence_length, parallel.sequence_alignment)
         attention = [costs.attention(items) for items in step.packs]
         shares = deal(step.packs, attention, parallel.dp_size, micro_batch_multiple(parallel))
-        batches = [self._micro_batch(samples, items) for items in shares[parallel.dp_rank]]
+        return Prepared(costs, shares, [self._micro_batch(samples, items) for items in shares[parallel.dp_rank]])
+
+    def _optimizer_step(
+        self, stage: Stage, samples: StageIndex, step: Step, prepared: Iterator[Prepared]
+    ) -> float | None:
+        """One optimizer step; the near-policy KL on every rank (None in the warm-up: another model's samples)."""
+        training, parallel, student = self.config.training, self.parallel, self.student
+        rate = learning_rate_of(self.config, self.plan, stage, step)
+        started = time.monotonic()
+        costs, shares, batches = next(prepared)
+        seconds = time.monotonic() - started  # of making the batches, or of waiting for the thread that does
         with self._turn():
             started = time.monotonic()
             loss_step = forward_step(training, student.dims, parallel)
             reports, norm = train_step(student.trainable, batches, loss_step, training.sequence_length, rate)
-            seconds = time.monotonic() - started
+            sums = collect_sums(reports, parallel) if parallel.is_last_stage else None
+            sums = broadcast_object(sums, source=parallel.logging_rank)  # a GPU's update of the weights is done by now
+            seconds += time.monotonic() - started
         self.position.step_done()
-        sums = collect_sums(reports, parallel) if parallel.is_last_stage else None
-        sums = broadcast_object(sums, source=parallel.logging_rank)
         if not math.isfinite(sums.loss):
             raise FloatingPointError(f"step {self.position.step}: the loss is {sums.loss}")
         report = StepReport(

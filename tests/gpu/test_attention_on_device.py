@@ -23,7 +23,7 @@ def test_torch_varlen_is_as_near_as_rounding_allows(heads: int, groups: int, cp_
     tensors = random_tensors(int(sequences.cu_seqlens_q[-1]), heads, groups)
 
     def computed(module: type[ReferenceAttention], dtype: torch.dtype) -> list[torch.Tensor]:
-        query, key, value = (x.to(dtype).requires_grad_() for x in tensors[:3])
+        query, key, value = (x.to(dtype, copy=True).requires_grad_() for x in tensors[:3])
         ours = bare(module)
         keys = (key, value)
         if sequences.key_index is not None:
@@ -53,7 +53,7 @@ def test_te_is_as_near_as_rounding_allows(parallel) -> None:
     tensors = random_tensors(int(BOUNDS[-1]), 8, 2)
 
     def reference(dtype: torch.dtype) -> list[torch.Tensor]:
-        leaves = [x.to(dtype).requires_grad_() for x in tensors[:3]]
+        leaves = [x.to(dtype, copy=True).requires_grad_() for x in tensors[:3]]
         output = bare(ReferenceAttention).attend(*leaves, packed.local)
         output.backward(tensors[3].to(dtype))
         return [output.detach(), *(leaf.grad for leaf in leaves)]

@@ -16,6 +16,7 @@ from megatron_npd.config import Config, load_config
 from megatron_npd.data.tokenizer import load_tokenizer
 from megatron_npd.distributed.parallel import Parallel
 from megatron_npd.errors import UserError
+from megatron_npd.mcore.model import ModelOptions
 from megatron_npd.schema import FinishReason, Verdict
 
 
@@ -29,7 +30,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def models(folders: dict[str, Path], parallel: Parallel) -> dict:
     from megatron_npd.teacher.prefill import PrefillModel
 
-    return {n: PrefillModel(f, parallel, torch.float32, "reference", VOCAB_SIZE) for n, f in folders.items()}
+    return {
+        n: PrefillModel(f, parallel, torch.float32, ModelOptions("reference"), VOCAB_SIZE) for n, f in folders.items()
+    }
 
 
 def pairs_of(count: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -84,7 +87,7 @@ def test_every_familys_distribution_equals_hugging_face(
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
     folder = make_model(family, tmp_path / "model", 5, **heads | rope)
     pairs = pairs_of(6)
-    model = PrefillModel(folder, parallel, torch.float32, "reference", VOCAB_SIZE)
+    model = PrefillModel(folder, parallel, torch.float32, ModelOptions("reference"), VOCAB_SIZE)
     _, annotations = model.annotate(pairs, 100, VOCAB_SIZE)
     for (prefix, response), annotation in zip(pairs, annotations, strict=True):
         logprobs_RV = torch.empty(len(response), VOCAB_SIZE)
