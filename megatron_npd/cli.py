@@ -67,7 +67,9 @@ def _run(arguments: Arguments) -> int:
     return supervise(_load(arguments), conclude)
 
 
-def _check(arguments: Arguments) -> None:
+def _check(arguments: Arguments) -> int:
+    if arguments.devices:
+        return _check_devices(_load(arguments))
     from megatron_npd.buffer.plan import make_plan
     from megatron_npd.estimates.text import estimate, names_slurm
     from megatron_npd.prepare.dtype import decide_dtype, describe_dtype
@@ -96,6 +98,21 @@ def _check(arguments: Arguments) -> None:
     for line in machine_lines(config, inputs.teacher.dims, inputs.student.dims):
         print(line)
     print("ok: nothing was found that would keep this run from starting")
+    return 0
+
+
+def _check_devices(config: Config) -> int:
+    from megatron_npd.prepare.devices import check_devices, planned
+
+    good = True
+    try:
+        for well, line in check_devices(config):
+            good = good and well
+            print(line, flush=True)
+    except UserError:
+        print("would check:", *planned(), sep="\n  ", flush=True)
+        raise
+    return 0 if good else 1
 
 
 def _prepare(arguments: Arguments) -> None:
@@ -266,6 +283,9 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument(
         "--rates", metavar="FILE|RUN", help="estimate the time: rates in a TOML file, or those a run has measured"
     )
+    check.add_argument(
+        "--devices", action="store_true", help="instead: try this node's GPUs and what is installed for them; seconds"
+    )
     check.set_defaults(command=_check)
 
     of_role = argparse.ArgumentParser(add_help=False, parents=[configured])
@@ -290,7 +310,7 @@ def _parser() -> argparse.ArgumentParser:
     slurm.add_argument("--output", metavar="FILE", help="write the script there instead of showing it")
     slurm.add_argument("--submit", action="store_true", help="check as `npd check` does, then hand it to sbatch")
     slurm.add_argument("--no-check", action="store_true", help="submit without the check")
-    slurm.set_defaults(command=_slurm, without_weights=False, rates=None)
+    slurm.set_defaults(command=_slurm, without_weights=False, rates=None, devices=False)
 
     text = "watch the steps of a Slurm job, as the script of `npd slurm` does"
     supervise = commands.add_parser("supervise", help=text, description=text, parents=[configured])

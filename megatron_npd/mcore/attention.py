@@ -42,11 +42,11 @@ def choose_backend(requested: str, dtype: torch.dtype) -> str:
         UserError: a backend was forced that cannot run here; the text says why.
     """
     if requested == "auto":
-        chosen = next(backend for backend in BACKENDS if not _obstacle(backend, dtype))
-        reasons = "; ".join(f"{b}: {_obstacle(b, dtype)}" for b in BACKENDS if _obstacle(b, dtype))
+        chosen = next(backend for backend in BACKENDS if not backend_obstacle(backend, dtype))
+        reasons = "; ".join(f"{b}: {backend_obstacle(b, dtype)}" for b in BACKENDS if backend_obstacle(b, dtype))
         logger.info("attention backend: %s%s", chosen, f" ({reasons})" if reasons else "")
         return chosen
-    if obstacle := _obstacle(requested, dtype):
+    if obstacle := backend_obstacle(requested, dtype):
         raise UserError(f"training.attention_backend = {requested!r}: cannot run here: {obstacle}")
     logger.info("attention backend: %s (forced)", requested)
     return requested
@@ -172,7 +172,7 @@ def _causal(queries: int, keys: int, device: torch.device) -> dict[str, Any]:
     return {"attn_mask": torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)}
 
 
-def _obstacle(backend: str, dtype: torch.dtype) -> str | None:
+def backend_obstacle(backend: str, dtype: torch.dtype) -> str | None:
     """Why a backend cannot run here, or None."""
     if backend == "reference":
         return None

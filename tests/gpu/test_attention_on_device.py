@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_npd.mcore.attention import ReferenceAttention, TorchVarlenAttention, _obstacle, attention_module
+from megatron_npd.mcore.attention import ReferenceAttention, TorchVarlenAttention, attention_module, backend_obstacle
 from megatron_npd.mcore.packed import packed_sequences
 
 BOUNDS = np.cumsum([0, 128, 4, 512, 64, 1000]).astype(np.int32)
@@ -17,7 +17,7 @@ HEAD_DIM = 128
 @pytest.mark.parametrize(("heads", "groups"), [(8, 8), (8, 2)])
 def test_torch_varlen_is_as_near_as_rounding_allows(heads: int, groups: int, cp_rank: int, cp_size: int) -> None:
     """No further from float32 than the reference itself is in bfloat16."""
-    if obstacle := _obstacle("torch_varlen", torch.bfloat16):
+    if obstacle := backend_obstacle("torch_varlen", torch.bfloat16):
         pytest.skip(obstacle)
     sequences = packed_sequences(BOUNDS, cp_rank, cp_size, "cuda").local
     tensors = random_tensors(int(sequences.cu_seqlens_q[-1]), heads, groups)
@@ -39,7 +39,7 @@ def test_torch_varlen_is_as_near_as_rounding_allows(heads: int, groups: int, cp_
 
 
 def test_te_is_as_near_as_rounding_allows(parallel) -> None:
-    if obstacle := _obstacle("te", torch.bfloat16):
+    if obstacle := backend_obstacle("te", torch.bfloat16):
         pytest.skip(obstacle)
     from megatron.core.transformer.enums import AttnMaskType
 
