@@ -205,6 +205,7 @@ def unwrap(model: torch.nn.Module) -> GPTModel:
 def _transformer_config(
     dims: ModelDims, kv_heads: int, parallel: Parallel, dtype: torch.dtype, options: ModelOptions
 ) -> TransformerConfig:
+    on_gpu = parallel.device.startswith("cuda")
     recompute = {
         "none": {},
         "selective": {"recompute_granularity": "selective"},
@@ -249,9 +250,11 @@ def _transformer_config(
         gradient_accumulation_fusion=options.acceleration.gradient_accumulation_fusion,
         bias_dropout_fusion=False,
         # SwiGLU in one kernel, which torch compiles.
-        bias_activation_fusion=parallel.device.startswith("cuda"),
+        bias_activation_fusion=on_gpu,
         masked_softmax_fusion=False,
         apply_rope_fusion=options.acceleration.transformer_engine,
+        # Or the embedding's backward sums in any order.
+        deterministic_mode=on_gpu and torch.are_deterministic_algorithms_enabled(),
         persist_layer_norm=False,
         **recompute,
     )

@@ -24,7 +24,7 @@ def initialize(
 ) -> Parallel:
     """Join the other ranks (RANK and WORLD_SIZE from the environment; alone without) and lay out the groups.
 
-    `deterministic`: on GPUs torch takes kernels that sum in a fixed order, and warns of one that has none. The rest of
+    `deterministic`: on GPUs torch takes kernels that sum in a fixed order, and raises where there is none. The rest of
     it is in the environment (`supervise.role_work`).
 
     Raises:
@@ -42,7 +42,7 @@ def initialize(
     if torch.cuda.is_available():
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', rank % torch.cuda.device_count()))}"
         torch.cuda.set_device(device)
-        torch.use_deterministic_algorithms(deterministic, warn_only=True)
+        _choose_kernels(deterministic)
     if not dist.is_initialized():
         dist.init_process_group(
             "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl",
@@ -72,6 +72,13 @@ def initialize(
         dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True) if dp * cp > 1 else None,
         device=device,
     )
+
+
+def _choose_kernels(deterministic: bool) -> None:
+    """With `warn_only`, flash attention's backward would only warn, and go on summing in any order
+    (torch's attention_backward.cu)."""
+    torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # NaN in all memory that is taken: for debugging
 
 
 def leave_layout() -> None:

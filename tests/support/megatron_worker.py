@@ -125,6 +125,7 @@ def train(job: dict[str, Any]) -> None:
         config.pipeline_model_parallel_size,
         config.context_parallel_size,
         config.virtual_pipeline_model_parallel_size,
+        deterministic=job.get("deterministic", False),
     )
     dims = read_model_dims(job["checkpoint"])
     dtype = getattr(torch, job.get("dtype", "float32"))
