@@ -178,7 +178,7 @@ class TrainingConfig(Section):
     logs say what was chosen."""
     transformer_engine: Literal["auto", "on", "off"] = "auto"
     """Transformer Engine's layers (fused norms, linear layers and rotary embedding) in trainer and annotators. on:
-    refused where it cannot run."""
+    refused where it cannot run. `attention_backend` chooses the attention; te uses this rotary embedding either way."""
     fused_optimizer: Literal["auto", "on", "off"] = "auto"
     """Adam of Transformer Engine or NVIDIA apex instead of torch's. on: refused where neither can run."""
     gradient_accumulation_fusion: Literal["auto", "on", "off"] = "auto"

@@ -252,7 +252,8 @@ def _transformer_config(
         # SwiGLU in one kernel, which torch compiles.
         bias_activation_fusion=on_gpu,
         masked_softmax_fusion=False,
-        apply_rope_fusion=options.acceleration.transformer_engine,
+        # Transformer Engine's attention wants the sequences' bounds on the device, and so does its rotary embedding.
+        apply_rope_fusion=options.acceleration.transformer_engine or options.attention_backend == "te",
         # Or the embedding's backward sums in any order.
         deterministic_mode=on_gpu and torch.are_deterministic_algorithms_enabled(),
         persist_layer_norm=False,
