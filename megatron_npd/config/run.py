@@ -143,7 +143,7 @@ class TrainingConfig(Section):
     """Activations computed again in the backward instead of kept: those of core attention, of `recompute_layers` whole
     layers, or of all. A layer that is computed again takes a third longer: recompute as many as memory asks for."""
     recompute_layers: int = Field(1, ge=1)
-    """With recompute = "block": the first so many layers of each pipeline stage."""
+    """With recompute = "block": the first so many layers of each pipeline stage, or of each of its model chunks."""
     sequence_length: int = Field(32768, ge=16)
     """Tokens of one packed sequence (a micro-batch)."""
     global_batch_size: int = Field(8, ge=1)

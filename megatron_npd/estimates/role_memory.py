@@ -163,7 +163,7 @@ def _activations(training: TrainingConfig, dims: ModelDims, size: int, device: D
     held: float = min(pipeline - stage, micro_batches)
     if chunks > 1:
         held += (pipeline - 1) / (pipeline * chunks)
-    again = min(training.recompute_layers, layers) if training.recompute == "block" else 0
+    again = chunks * min(training.recompute_layers, layers // chunks) if training.recompute == "block" else 0
     formula = f"{per_token:,.0f} bytes × {tokens:,} tokens × {layers - again} layers"
     if again:
         formula = f"({formula} + {layer('full'):,.0f} bytes × {tokens:,} tokens × {again} layers)"

@@ -109,6 +109,16 @@ def test_a_block_of_all_layers_is_all_of_them_and_one_of_fewer_is_between() -> N
     assert one - two == pytest.approx((whole - (activations(recompute="full") - whole / layers)) / layers)
 
 
+def test_each_chunk_of_an_interleaved_pipeline_has_its_block() -> None:
+    """Two stages of two chunks of one layer: a block of one layer is all of them."""
+
+    def activations(**training: Any) -> float:
+        stages = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
+        return terms(trainer_memory(configuration(**training, **stages), DIMS, "gpu"))["activations"]
+
+    assert activations(recompute="block", recompute_layers=1) == activations(recompute="full")
+
+
 def kept_bytes(dims: ModelDims, dtype: str, recompute: str, parallel: Parallel) -> int:
     from megatron_npd.mcore.model import ModelOptions, build_gpt, forward_packed
 
