@@ -8,7 +8,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -73,8 +74,19 @@ def _no_gpu() -> str | None:
     if torch.cuda.is_available():
         return None
     visible = os.environ.get(device.VISIBLE)
-    hidden = f" ({device.VISIBLE} = {visible!r})" if visible is not None else ""
-    return f"no GPU can be used here{hidden}; must be run on a node that has some"
+    reason = f" ({device.VISIBLE} = {visible!r})" if visible is not None else _unfit_driver()
+    return f"no GPU can be used here{reason}; must be run on a node that has some"
+
+
+def _unfit_driver() -> str:
+    """Torch finds no GPU where the driver is too old for it, and says so in a warning only."""
+    if not device.has_gpu():
+        return ""
+    try:
+        compare_driver()
+    except NotWellError as error:
+        return f" ({error})"
+    return ""
 
 
 def _versions(_: Config) -> str:
@@ -103,22 +115,33 @@ def _installed(name: str) -> str | None:
         return None
 
 
-def _driver(_: Config) -> str:
+def compare_driver() -> str:
+    """Which CUDA the driver serves, and torch is built for.
+
+    Raises:
+        NotWellError: the driver is too old, or does not say its version.
+    """
     import torch
 
     if torch.version.cuda is None:
         raise NotWellError(f"torch {torch.__version__} is no CUDA build")
-    query = subprocess.run(["nvidia-smi"], capture_output=True, text=True)
-    driver = re.search(r"Driver Version: (\S+)", query.stdout)
-    serves = re.search(r"CUDA(?: UMD)? Version: (\d+)\.(\d+)", query.stdout)
+    try:
+        told = subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout
+    except OSError as error:
+        raise NotWellError(f"nvidia-smi: {error.strerror}") from None
+    driver = re.search(r"Driver Version: (\S+)", told)
+    serves = re.search(r"CUDA(?: UMD)? Version: (\d+)\.(\d+)", told)
     if not driver or not serves:
         raise NotWellError("nvidia-smi does not say its driver's version")
-    if int(torch.version.cuda.partition(".")[0]) > int(serves[1]):
-        raise NotWellError(
-            f"driver {driver[1]} serves CUDA {serves[1]}.{serves[2]}; torch {torch.__version__} is built for CUDA "
-            f"{torch.version.cuda} and needs a newer driver, or NVIDIA's forward-compatibility package"
-        )
-    return f"{driver[1]} serves CUDA {serves[1]}.{serves[2]}, torch is built for {torch.version.cuda}"
+    fits = f"{driver[1]} serves CUDA {serves[1]}.{serves[2]}, torch is built for {torch.version.cuda}"
+    if int(torch.version.cuda.partition(".")[0]) <= int(serves[1]):
+        return fits
+    if torch.cuda.is_available():
+        return f"{fits}, and finds its GPUs all the same (NVIDIA's forward-compatibility package)"
+    raise NotWellError(
+        f"driver {driver[1]} serves CUDA {serves[1]}.{serves[2]}; torch {torch.__version__} is built for CUDA "
+        f"{torch.version.cuda} and needs a newer driver, or NVIDIA's forward-compatibility package"
+    )
 
 
 def _probe(name: str) -> Callable[[Config], str]:
@@ -144,27 +167,46 @@ def run_probe(name: str, ranks: int) -> str:
             "NPD_RENDEZVOUS": str(Path(folder) / "rendezvous"),
             "GLOO_SOCKET_IFNAME": "lo",
         }
+        said = [Path(folder) / f"rank{rank}" for rank in range(ranks)]
         processes = [
-            subprocess.Popen(
-                [sys.executable, "-m", device_probes.__name__, name],
-                env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                text=True,
-            )
+            _start_rank(name, os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, said[rank])
             for rank in range(ranks)
         ]
         try:
-            said = [process.communicate(timeout=PROBE_SECONDS)[0] for process in processes]
-        except subprocess.TimeoutExpired:
-            raise NotWellError(f"took more than {PROBE_SECONDS:.0f} s") from None
+            status, failed = _first_failure(processes)
         finally:
             for process in processes:
                 process.kill()
-    for process, words in zip(processes, said, strict=True):
-        if process.returncode:
-            raise NotWellError((words.strip().splitlines() or [f"ended with status {process.returncode}"])[-1])
-    return said[0].strip().splitlines()[-1]
+                process.wait()
+        lines = said[failed or 0].read_text().strip().splitlines()
+    if failed is None:
+        return lines[-1]
+    which = f"rank {failed} of {ranks}: " if ranks > 1 else ""
+    raise NotWellError(which + (lines or [f"ended with status {status}"])[-1])
+
+
+def _start_rank(name: str, environment: Mapping[str, str], said: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", device_probes.__name__, name]
+    with said.open("wb") as output:
+        return subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.DEVNULL)
+
+
+def _first_failure(processes: list[subprocess.Popen[bytes]]) -> tuple[int, int | None]:
+    """(exit status, rank) of the first process to fail, while others may wait for it; (0, None): all ended well.
+
+    Raises:
+        NotWellError: they take too long.
+    """
+    until = time.monotonic() + PROBE_SECONDS
+    while time.monotonic() < until:
+        ended = [process.poll() for process in processes]
+        for rank, status in enumerate(ended):
+            if status:
+                return status, rank
+        if None not in ended:
+            return 0, None
+        time.sleep(0.05)
+    raise NotWellError(f"took more than {PROBE_SECONDS:.0f} s")
 
 
 def _memory(config: Config) -> str:
@@ -182,7 +224,7 @@ def _memory(config: Config) -> str:
 
 CHECKS = (
     DeviceCheck("versions", "what is installed, and whether it is recent enough", _versions),
-    DeviceCheck("driver", "whether it serves the CUDA that torch is built for", _driver),
+    DeviceCheck("driver", "whether it serves the CUDA that torch is built for", lambda _: compare_driver()),
     DeviceCheck("kernels", "the fused operators against float64, on every GPU", _probe("kernels")),
     DeviceCheck("attention", "every backend that runs here against the reference in float32", _probe("attention")),
     DeviceCheck("training", "one optimizer step of a small model on every GPU, over NCCL", _training),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -122,10 +123,51 @@ def test_a_driver_too_old_for_torch_is_named(serves: str, good: bool, monkeypatc
     monkeypatch.setattr(devices.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=text))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     if good:
-        assert devices._driver(make_config()) == f"570.124.06 serves CUDA {serves}, torch is built for 13.0"
+        assert devices.compare_driver() == f"570.124.06 serves CUDA {serves}, torch is built for 13.0"
         return
     with pytest.raises(NotWellError, match=r"driver 570.124.06 serves CUDA 12.8; torch .* is built for CUDA 13.0"):
-        devices._driver(make_config())
+        devices.compare_driver()
+
+
+@pytest.mark.heavy
+@pytest.mark.usefixtures("one_gpu")
+def test_an_old_driver_that_torch_can_use_is_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NVIDIA's forward-compatibility package serves a newer CUDA than nvidia-smi says."""
+    import torch
+
+    text = NVIDIA_SMI.format(driver="535.104.05", cuda="12.2")
+    monkeypatch.setattr(devices.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=text))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert devices.compare_driver().startswith("535.104.05 serves CUDA 12.2, torch is built for 13.0, and finds its")
+
+
+@pytest.mark.heavy
+def test_a_driver_too_old_for_torch_is_why_there_is_no_gpu(
+    inputs: Inputs, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch then finds none: whoever asks must not be sent to look for one."""
+    import torch
+
+    text = NVIDIA_SMI.format(driver="535.104.05", cuda="12.2")
+    monkeypatch.delenv(VISIBLE, raising=False)
+    monkeypatch.setattr(devices.device, "settle", lambda: None)
+    monkeypatch.setattr(devices.device, "unused_gpus", lambda: None)
+    monkeypatch.setattr(devices.device, "has_gpu", lambda: True)
+    monkeypatch.setattr(devices.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=text))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert main(["check", str(inputs.path), "--devices"]) == 2
+    said = capsys.readouterr().err
+    assert "no GPU can be used here (driver 535.104.05 serves CUDA 12.2; torch " in said and said.count("\n") == 1
+
+
+@pytest.mark.heavy
+def test_a_node_without_nvidia_smi_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(NotWellError, match=r"^nvidia-smi: No such file or directory$"):
+        devices.compare_driver()
 
 
 @pytest.mark.heavy
@@ -162,6 +204,42 @@ def test_a_probe_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NPD_DISABLE_KERNELS", "1")
     with pytest.raises(NotWellError, match="the fused operators do not run; build them"):
         run_probe("kernels", 1)
+
+
+RANKS = """
+import os, sys, time
+if os.environ["RANK"] == "1":
+    print("RuntimeError: NCCL error")
+    sys.exit(3)
+time.sleep(600)
+"""
+
+
+@pytest.mark.heavy
+def test_a_rank_that_fails_is_named_while_the_others_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = subprocess.Popen
+    monkeypatch.setattr(
+        devices.subprocess, "Popen", lambda command, **options: start([sys.executable, "-c", RANKS], **options)
+    )
+    before = time.monotonic()
+    with pytest.raises(NotWellError, match=r"^rank 1 of 3: RuntimeError: NCCL error$"):
+        run_probe("training_step", 3)
+    assert time.monotonic() - before < 60
+
+
+@pytest.mark.heavy
+def test_a_probe_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    start, started = subprocess.Popen, []
+
+    def hang(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        started.append(start([sys.executable, "-c", "import time; time.sleep(600)"], **options))
+        return started[-1]
+
+    monkeypatch.setattr(devices.subprocess, "Popen", hang)
+    monkeypatch.setattr(devices, "PROBE_SECONDS", 0.2)
+    with pytest.raises(NotWellError, match=r"^took more than 0 s$"):
+        run_probe("kernels", 1)
+    assert [process.returncode for process in started] == [-9]
 
 
 @pytest.mark.heavy
