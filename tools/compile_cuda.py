@@ -15,12 +15,9 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
 import re
-import shutil
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 from collections import defaultdict
@@ -54,9 +51,11 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the table to this file too")
     parser.add_argument("--keep", type=Path, help="keep the object files in this folder")
     options = parser.parse_args()
-    nvcc = find_nvcc()
-    if nvcc is None:
-        print("compile_cuda: no nvcc (looked at NVCC, PATH, CUDA_HOME, /usr/local/cuda, pip packages)", file=sys.stderr)
+    settings = build_settings()
+    try:
+        nvcc = settings.find_nvcc()
+    except settings.BuildError as error:
+        print(f"compile_cuda: {error}", file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.keep or Path(temporary)
@@ -73,19 +72,6 @@ def main() -> int:
             file=sys.stderr,
         )
     return 1 if unclean or failed else 0
-
-
-def find_nvcc() -> str | None:
-    """Path of the nvcc to use, None where there is none."""
-    named = os.environ.get("NVCC")
-    if named:
-        return shutil.which(named)
-    homes = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    homes.append(Path("/usr/local/cuda"))
-    packages = Path(sysconfig.get_path("purelib")) / "nvidia"
-    homes += [*sorted(packages.glob("cu[0-9]*")), packages / "cuda_nvcc"]
-    found = shutil.which("nvcc")
-    return found or next((str(home / "bin" / "nvcc") for home in homes if (home / "bin" / "nvcc").is_file()), None)
 
 
 def compile_all(nvcc: str, folder: Path) -> tuple[list[Usage], bool]:
@@ -109,6 +95,7 @@ def compile_one(nvcc: str, source: Path, folder: Path) -> tuple[float, subproces
     command = [nvcc, *(flag for flag in settings.CUDA_FLAGS if flag != "--shared"), "-Xptxas", "-v", "-c", str(source)]
     for number in settings.CUDA_ARCHITECTURES:
         command.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+    command += settings.toolkit_flags(nvcc)
     command += [f"-I{SOURCES.parent}", f"-I{torch / 'include'}", "-o", str(folder / f"{source.stem}.o")]
     start = time.monotonic()
     completed = subprocess.run(command, capture_output=True, text=True)

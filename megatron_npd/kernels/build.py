@@ -1,6 +1,7 @@
 """Builds the fused operators: `python -m megatron_npd.kernels.build`, also run by setup.py and tools/make_env.sh.
 
-One library for CPUs, and one for CUDA where nvcc and a CUDA build of torch are there. A library's name holds a hash of
+One library for CPUs, and one for CUDA where nvcc (of a toolkit, or of NVIDIA's pip packages) and a CUDA build of torch
+are there; with `--require-cuda` it is an error if they are not. A library's name holds a hash of
 what it was built from (sources, flags, torch's stable ABI, machine), so one that no longer fits the sources is not
 found, never loaded. It does not hold torch's version: the stable ABI serves every torch from 2.10 on.
 
@@ -30,6 +31,8 @@ their symbols global, where inline functions of the same name in the other libra
 CUDA_FLAGS = ["-std=c++17", "-O3", "--shared", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-DUSE_CUDA", STABLE_ABI]
 CUDA_ARCHITECTURES = ("80", "90", "100")
 """Compute capabilities to compile for, those that the installed nvcc knows; the last also as PTX for later ones."""
+TOOLKIT = "/usr/local/cuda"
+"""Where a CUDA toolkit lies that nothing names."""
 
 
 class BuildError(Exception):
@@ -56,22 +59,55 @@ def build_cpu(folder: Path | None = None) -> Path:
 
 def build_cuda(folder: Path | None = None) -> Path:
     """Build the CUDA library unless it is there; raises BuildError."""
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    places = [os.environ.get("NVCC"), "nvcc", *(f"{home}/bin/nvcc" for home in homes if home)]
-    nvcc = next((found for place in places if place and (found := shutil.which(place))), None)
+    nvcc = find_nvcc()
     sources = [str(path) for path in sorted((SOURCES / "cuda").glob("*.cu"))]
     if not sources:
         raise BuildError("no CUDA sources")
-    if nvcc is None:
-        raise BuildError("no nvcc on PATH or in CUDA_HOME (NVCC names another)")
     if not (_torch() / "lib" / "libtorch_cuda.so").exists():
         raise BuildError("torch is a build for CPUs alone")
-    command = [nvcc, *CUDA_FLAGS, *_architectures(nvcc), f"-I{SOURCES}", *sources]
+    command = [nvcc, *CUDA_FLAGS, *_architectures(nvcc), *toolkit_flags(nvcc), f"-I{SOURCES}", *sources]
     return _build("cuda", folder, command, ["-ltorch_cpu", "-ltorch_cuda"])
 
 
-def build(folder: Path | None = None) -> bool:
-    """Build what can be built, say what was done and what is missing; whether the CPU library is there."""
+def find_nvcc() -> str:
+    """The nvcc to use: NVCC where it is set, else that of PATH, of a toolkit, of NVIDIA's pip packages beside torch.
+
+    Raises:
+        BuildError: there is none.
+    """
+    named = os.environ.get("NVCC")
+    if named:
+        if found := shutil.which(named):
+            return found
+        raise BuildError(f"NVCC={named}: no such program")
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), TOOLKIT]
+    homes += sorted(map(str, (_torch().parent / "nvidia").glob("cu[0-9]*")), reverse=True)
+    for place in ("nvcc", *(f"{home}/bin/nvcc" for home in homes if home)):
+        if found := shutil.which(place):
+            return found
+    raise BuildError(
+        "no nvcc on PATH, in CUDA_HOME, /usr/local/cuda or pip's package nvidia-cuda-nvcc (NVCC names another)"
+    )
+
+
+def toolkit_flags(nvcc: str) -> list[str]:
+    """Where the nvcc of pip's packages has its headers and libraries; a toolkit's own nvcc knows.
+
+    The packages of CUDA 13 share one folder, `nvidia/cu13`; those of CUDA 12 have no nvcc. The nvcc of 13.0 looks for
+    its libraries in `lib64`, and they lie in `lib`.
+    """
+    home = Path(nvcc).resolve().parent.parent
+    if home.parent.name != "nvidia":
+        return []
+    return [f"-I{home / 'include'}", f"-I{home / 'include' / 'cccl'}", f"-L{home / 'lib'}"]
+
+
+def build(folder: Path | None = None, cuda_required: bool = False) -> bool:
+    """Build what can be built, and say what was done and what is missing.
+
+    Returns:
+        Whether the CPU library is there, and with `cuda_required` the CUDA library as well.
+    """
     try:
         print(f"kernels: {build_cpu(folder).name} is ready", flush=True)
     except BuildError as error:
@@ -80,7 +116,8 @@ def build(folder: Path | None = None) -> bool:
     try:
         print(f"kernels: {build_cuda(folder).name} is ready", flush=True)
     except BuildError as error:
-        print(f"kernels: no CUDA library: {error}", flush=True)
+        print(f"kernels: no CUDA library: {error}", file=sys.stderr if cuda_required else sys.stdout, flush=True)
+        return not cuda_required
     return True
 
 
@@ -148,4 +185,4 @@ def _architectures(nvcc: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(0 if build() else 1)
+    sys.exit(0 if build(cuda_required="--require-cuda" in sys.argv[1:]) else 1)

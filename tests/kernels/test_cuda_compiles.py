@@ -89,15 +89,15 @@ def test_the_operators_link_register_and_take_their_arguments(compiled):
     """Called past the dispatcher with CPU tensors, each must say that it wants CUDA ones: nothing else runs here."""
     folder, _ = compiled
     tool = load_tool()
-    torch = tool.torch_folder()
+    torch, settings = tool.torch_folder(), tool.build_settings()
     (folder / "stub.cpp").write_text(ONLY_IN_TORCH_CUDA)
     schemas, stub, library = folder / "schemas.so", folder / "libstub.so", folder / "library.so"
     flags = ["-shared", "-fPIC", "-std=c++17"]
     place = [f"-I{torch / 'include'}", f"-L{torch / 'lib'}", "-ltorch_cpu"]
     run("g++", *flags, folder / "stub.cpp", "-o", stub)
-    run("g++", *flags, tool.build_settings().STABLE_ABI, CSRC / "ops.cpp", *place, "-o", schemas)
+    run("g++", *flags, settings.STABLE_ABI, CSRC / "ops.cpp", *place, "-o", schemas)
     objects = [*folder.glob("*.o"), f"-L{folder}", "-lstub", *place, "-Xlinker", f"-rpath={folder}"]
-    run(tool.find_nvcc(), "--shared", *objects, "-o", library)
+    run(settings.find_nvcc(), "--shared", *objects, "-o", library)
     said = run(sys.executable, "-c", CALL_WITH_CPU_TENSORS, schemas, library).splitlines()
     assert [line.split()[0] for line in said] == ["score", "topk", "loss_statistics", "loss_gradient_"]
     assert all("on a CUDA device" in line for line in said), said
@@ -108,7 +108,9 @@ def test_a_missing_nvcc_is_said_in_one_line():
         [sys.executable, TOOL], capture_output=True, text=True, env={"NVCC": "/nowhere/nvcc", "PATH": "/nowhere"}
     )
     assert result.returncode == 2
-    assert result.stderr.startswith("compile_cuda: no nvcc") and result.stderr.count("\n") == 1
+    assert (
+        result.stderr.startswith("compile_cuda: NVCC=/nowhere/nvcc: no such program") and result.stderr.count("\n") == 1
+    )
 
 
 MANGLED = "_ZN3npd13gradient_rowsINS_8BFloat16ELi2EEEvNS_17GradientArgumentsIT_XT0_EEE"
