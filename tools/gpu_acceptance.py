@@ -13,10 +13,12 @@ Exit status: 0 all that ran met its goal; 1 something did not; 2 no GPU, or wron
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,6 +32,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 USAGE_STATUS = 2
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "vllm", "transformers")
+SHOWN = 8000
+"""Characters of what failing tests said, the last ones: the table has room for their names alone."""
 ROWS, VOCABULARIES = 8192, (131_072, 153_376)
 SHAPE, SEQUENCE_LENGTH, GLOBAL_BATCH = "openpangu-1b", 32_768, 4
 RECOMPUTE = (("none", 0), ("block", 4), ("block", 10), ("full", 0))
@@ -82,6 +86,8 @@ def tests(*paths: str, words: str = "") -> Callable[[float], Measured]:
         last = done.stdout.strip().splitlines()[-1:] or [done.stderr.strip()[-200:]]
         counts = ", ".join(re.findall(r"\d+ (?:passed|failed|skipped|errors?)", last[0]))
         failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+        if done.returncode:
+            print(done.stdout[-SHOWN:], file=sys.stderr, flush=True)
         return Measured("; ".join([counts or last[0], *failed[:3]]), done.returncode == 0 and "passed" in counts)
 
     return run
@@ -289,12 +295,29 @@ def call(command: list[str], seconds: float) -> subprocess.CompletedProcess[str]
     """A command in this checkout, with the allocator that roles have; raises FailedError where it takes too long."""
     environment = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"} | os.environ
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     try:
-        return subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=max(seconds, 1.0)
-        )
+        stdout, stderr = process.communicate(timeout=max(seconds, 1.0))
     except subprocess.TimeoutExpired:
         raise FailedError(f"took more than {seconds:.0f} s") from None
+    finally:
+        end_group(process)
+    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+
+
+def end_group(process: subprocess.Popen[str]) -> None:
+    """End a command and what it has started: a rank left behind would hold the GPU's memory of the next check."""
+    with contextlib.suppress(ProcessLookupError):  # all of them have ended
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def write(machine: dict[str, str], findings: list[Finding], arguments: argparse.Namespace) -> None:
