@@ -221,10 +221,12 @@ def _is_norms_state(name: str) -> bool:
 
 
 def _load_models(models: list[Any], loaded: dict[str, Any]) -> None:
+    """Raises RuntimeError where anything but the norms' state differs."""
     for index, model in enumerate(models):
         missing, unexpected = model.load_state_dict(loaded[str(index)], strict=False)
         wrong = [name for name in missing if not _is_norms_state(name)] + unexpected
-        assert not wrong, f"this model and its checkpoint differ in {wrong}"
+        if wrong:
+            raise RuntimeError(f"this model and its checkpoint differ in {wrong}")
 
 
 def _in_own_writer(request: AsyncRequest) -> AsyncRequest:
