@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from megatron_npd.conversion.ahead import Ahead
 from megatron_npd.conversion.progress_bar import SAMPLE_SECONDS, ProgressBar, Report
 from megatron_npd.conversion.staging import identity, staged
 from megatron_npd.conversion.to_megatron import HUGGING_FACE
+from megatron_npd.data.ahead import Ahead
 from megatron_npd.distributed.parallel import Parallel
 from megatron_npd.errors import UserError
 from megatron_npd.files import read_json, write_json

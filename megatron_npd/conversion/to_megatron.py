@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from megatron_npd.conversion.ahead import Ahead
 from megatron_npd.conversion.progress_bar import SAMPLE_SECONDS, ProgressBar, Report
 from megatron_npd.conversion.staging import identity, staged
+from megatron_npd.data.ahead import Ahead
 from megatron_npd.distributed.parallel import Parallel
 from megatron_npd.errors import UserError
 from megatron_npd.mcore.torch_dist import CheckpointLayout, checkpoint_layout

@@ -7,7 +7,7 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ from megatron_npd.buffer.plan import Stage, epochs_of, publishing_step
 from megatron_npd.buffer.retention import retire_stages
 from megatron_npd.buffer.role_context import RoleContext
 from megatron_npd.config import Config
+from megatron_npd.data.ahead import Ahead
 from megatron_npd.data.batch import PackedBatch, collate
 from megatron_npd.data.context_parallel import context_parallel_share
 from megatron_npd.distributed.collectives import barrier, broadcast_object, greatest
@@ -29,7 +30,6 @@ from megatron_npd.process.activity import doing, waiting
 from megatron_npd.process.memory import release_unused
 from megatron_npd.roles import TRAINER
 from megatron_npd.schema import TEACHER_VERSION, Event
-from megatron_npd.training.made_in_turn import made_in_turn
 from megatron_npd.training.position import Position
 from megatron_npd.training.publishing import make_publisher, publish, write_student
 from megatron_npd.training.samples import StageIndex, open_stage, wait_for_stage
@@ -115,18 +115,18 @@ class Trainer:
         done = self.position.enter(stage.name)
         logger.info("%s: %d samples, %d of %d steps left", stage.name, len(samples), len(steps) - done, len(steps))
         publish_at = publishing_step(self.config, self.plan, stage, len(steps))
-        on_gpu = self.parallel.device != "cpu"
-        prepared = made_in_turn(functools.partial(self._prepare, samples), steps[done:], ahead=on_gpu)
+        prepare: Callable[[Step], Prepared] = functools.partial(self._prepare, samples)
+        if self.parallel.device != "cpu":  # where the CPU computes, a thread beside it would only take turns with it
+            prepare = Ahead(steps[done:], prepare)
         for number, step in enumerate(steps[done:], start=done + 1):
             with doing(f"training on {stage.name}, step {number} of {len(steps)}"):
-                drift = self._optimizer_step(stage, samples, step, prepared)
+                drift = self._optimizer_step(stage, samples, step, prepare)
             if number == publish_at or self._refresh_is_due(stage, drift):
                 self.publish(stage.publishes)
             self.publisher.poll()
             if number < len(steps):
                 self._checkpoint_if_due()
                 leave_if_asked(self.parallel)
-        prepared.close()
         samples.close()
         self.position.leave()
         self._checkpoint()
@@ -170,13 +170,13 @@ class Trainer:
         return Prepared(costs, shares, [self._micro_batch(samples, items) for items in shares[parallel.dp_rank]])
 
     def _optimizer_step(
-        self, stage: Stage, samples: StageIndex, step: Step, prepared: Iterator[Prepared]
+        self, stage: Stage, samples: StageIndex, step: Step, prepare: Callable[[Step], Prepared]
     ) -> float | None:
         """One optimizer step; the near-policy KL on every rank (None in the warm-up: another model's samples)."""
         training, parallel, student = self.config.training, self.parallel, self.student
         rate = learning_rate_of(self.config, self.plan, stage, step)
         started = time.monotonic()
-        costs, shares, batches = next(prepared)
+        costs, shares, batches = prepare(step)
         seconds = time.monotonic() - started  # of making the batches, or of waiting for the thread that does
         with self._turn():
             started = time.monotonic()
