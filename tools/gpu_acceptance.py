@@ -78,11 +78,11 @@ class FailedError(Exception):
     """A check could not be carried out; the text is its reason in a line."""
 
 
-def tests(*paths: str, words: str = "") -> Callable[[float], Measured]:
-    """Tests that must all pass; what they skip is said."""
+def tests(*arguments: str) -> Callable[[float], Measured]:
+    """Tests, as pytest's arguments, that must all pass; what they skip is said."""
 
     def run(seconds: float) -> Measured:
-        done = call([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *words.split(), *paths], seconds)
+        done = call([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments], seconds)
         last = done.stdout.strip().splitlines()[-1:] or [done.stderr.strip()[-200:]]
         counts = ", ".join(re.findall(r"\d+ (?:passed|failed|skipped|errors?)", last[0]))
         failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
@@ -102,9 +102,8 @@ def bandwidth(seconds: float) -> Measured:
         results = json.loads(file.read_text())["results"]
 
     def fused(operator: str, candidate: str = "fused") -> dict[int, dict]:
-        return {
-            r["vocabulary"]: r for r in results if r["operator"] == operator and r["candidate"] == candidate
-        }  # by vocabulary
+        """By vocabulary."""
+        return {r["vocabulary"]: r for r in results if (r["operator"], r["candidate"]) == (operator, candidate)}
 
     score, topk, loss = fused("score"), fused("topk"), fused("loss", "fused, in place")
     score_share = min(one["bandwidth_share"] for one in score.values())

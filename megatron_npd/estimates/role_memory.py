@@ -36,7 +36,7 @@ BATCHED_TOKENS = 8192
 """Most prompt tokens vLLM computes at once on a CPU (`vllm_engine.start`)."""
 SEQUENCES = 256
 """Sequences it decodes at once unless told otherwise, the same on a GPU of less than 70 GiB."""
-KL_TOKENS = 64
+KL_TOKENS: dict[Device, int] = {"cpu": 64, "gpu": 1024}
 """Rows `kernels.forward_kl` takes at a time."""
 
 
@@ -216,7 +216,7 @@ def annotator_memory(
         terms.append(_heldout_states(config, teacher, size, heldout_prompts))
     tokens = config.annotator.pack_length
     activations = _forward_activations(teacher, tensor, size, tokens)
-    scoring, evaluating = _scoring_logits(config, teacher, size), _evaluation_logits(config, teacher, size)
+    scoring, evaluating = _scoring_logits(config, teacher, size), _evaluation_logits(config, teacher, size, device)
     fullest = max([[scoring], evaluating], key=lambda logits: sum(term.bytes for term in logits))
     return RoleMemory(ANNOTATOR, device, [*terms, *_with_holes(device, [activations, *fullest])])
 
@@ -240,16 +240,17 @@ def _scoring_logits(config: Config, dims: ModelDims, size: int) -> Term:
     return Term("logits", f"{size} bytes × {rows:,} tokens × {columns:,} columns", size * rows * columns)
 
 
-def _evaluation_logits(config: Config, dims: ModelDims, size: int) -> list[Term]:
+def _evaluation_logits(config: Config, dims: ModelDims, size: int, device: Device) -> list[Term]:
     """Of the responses' share of a pack, taken to be that of the longest responses."""
     columns = Widths.of(dims, config.annotator.tensor_model_parallel_size).vocabulary
     longest = config.rollout.max_new_tokens
     share = longest / (longest + config.prompts.max_prompt_tokens)
     rows = min(config.training.logits_chunk_tokens, round(share * config.annotator.pack_length))
+    at_a_time = min(KL_TOKENS[device], rows)
     both = f"2 models × {size} bytes × {rows:,} tokens × {columns:,} columns"
     return [
         Term("logits", both, 2 * size * rows * columns),
-        Term("their KL", f"7 × 4 bytes × {KL_TOKENS} tokens × {columns:,} columns", 7 * 4 * KL_TOKENS * columns),
+        Term("their KL", f"7 × 4 bytes × {at_a_time:,} tokens × {columns:,} columns", 7 * 4 * at_a_time * columns),
     ]
 
 

@@ -177,8 +177,9 @@ def test_logits_are_those_of_a_chunk() -> None:
     chunked = terms(trainer_memory(configuration(logits_chunk_tokens=128), DIMS, "gpu"))
     assert chunked["logits"] == 2 * 128 * 130
     config = configuration()  # of a pack of 512 tokens half are of responses
-    evaluating = terms(annotator_memory(config, DIMS, DIMS, "gpu"))
-    assert (evaluating["logits"], evaluating["their KL"]) == (2 * 2 * 256 * 130, 7 * 4 * 64 * 130)
+    for device, rows in {"cpu": 64, "gpu": 256}.items():  # on a GPU as many as there are: 1,024 at most
+        evaluating = terms(annotator_memory(config, DIMS, DIMS, device))
+        assert (evaluating["logits"], evaluating["their KL"]) == (2 * 2 * 256 * 130, 7 * 4 * rows * 130)
 
 
 def test_a_teachers_sidecar_stages_no_version() -> None:
@@ -216,7 +217,7 @@ def test_sizes_that_other_rooms_decide_are_theirs() -> None:
     """Estimates load neither: they have the numbers by heart."""
     assert role_memory.BATCHED_TOKENS == start.BATCHED_TOKENS
     assert role_memory.SEQUENCES == start.SEQUENCES
-    assert role_memory.KL_TOKENS == vocab_parallel.CHUNK
+    assert role_memory.KL_TOKENS == {"cpu": vocab_parallel.CHUNK, "gpu": vocab_parallel.CHUNK_ON_GPU}
 
 
 def test_the_buffer_takes_what_was_estimated(tmp_path: Path) -> None:

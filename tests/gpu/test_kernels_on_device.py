@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from loss_problem import definition
 
 from megatron_npd.distributed.parallel import SINGLE
 from megatron_npd.kernels import native, token_logprobs, topk_logprobs
@@ -67,22 +68,11 @@ class OnDevice:
         ]
 
 
-def definition(problem: OnDevice, objective: Objective) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss of each row, float64, and its gradient by autograd: method.md, with the tail as one bucket or none."""
+def by_autograd(problem: OnDevice, objective: Objective) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss of each row by its definition, float64, and its gradient."""
     z, labels = problem.real.clone().requires_grad_(), problem.labels
-    log_q = (z / objective.temperature).log_softmax(-1)
-    log_q_S, logprobs = log_q.gather(1, labels.ids_TK), labels.logprobs_TK.double()
-    p = logprobs.exp()
-    if objective.tail == "renormalize":
-        p = p / p.sum(-1, keepdim=True)
-        kd = (p * (p.log() - log_q_S.log_softmax(-1))).sum(-1)
-    else:
-        kd = (p * (logprobs - log_q_S)).sum(-1)
-    if objective.tail == "bucket":
-        mass, rest = labels.tail_mass_T.double(), log_q.exp().sum(-1) - log_q_S.exp().sum(-1)
-        kd = kd + mass * (mass.log() - rest.log())
-    ce = -z.log_softmax(-1).gather(1, labels.targets_T[:, None])[:, 0]
-    loss = (1 - objective.kd_lambda) * ce + objective.kd_lambda * objective.temperature**2 * kd
+    given = (labels.targets_T, labels.ids_TK, labels.logprobs_TK, labels.tail_mass_T)
+    loss = definition(z, *given, objective.kd_lambda, objective.tail, objective.temperature)
     loss.sum().backward()
     return loss.detach(), z.grad
 
@@ -121,7 +111,7 @@ def test_loss_and_gradient_equal_float64(
     """Also as the ranks of a tensor-parallel group hold the columns, whose statistics are merged."""
     problem, objective = OnDevice.of(columns, dtype), Objective(KD_LAMBDA, tail, temperature)
     problem = cut_to_shards(problem, shards)
-    expected, gradient = definition(problem, objective)
+    expected, gradient = by_autograd(problem, objective)
     parts = problem.shards(shards)
     partials = [partial_statistics(logits, problem.labels, objective, shard) for logits, shard in parts]
     statistics = merge_statistics(torch.stack(partials))
@@ -167,7 +157,7 @@ def test_a_nan_logit_reaches_the_score() -> None:
 def test_the_reference_on_the_device_is_the_reference() -> None:
     """In chunks of its own size, by scatters that ask nothing."""
     problem, objective = OnDevice.of(4096, torch.float32), Objective(KD_LAMBDA, "bucket")
-    _, gradient = definition(problem, objective)
+    _, gradient = by_autograd(problem, objective)
     shard, ones = VocabShard(0, 4096), torch.ones(ROWS, device="cuda")
     with native.disabled():
         statistics = merge_statistics(partial_statistics(problem.logits, problem.labels, objective, shard)[None])

@@ -39,6 +39,32 @@ def use_implementation(name: str) -> Iterator[None]:
             yield
 
 
+def definition(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    ids: torch.Tensor,
+    logprobs: torch.Tensor,
+    tail_mass: torch.Tensor,
+    kd_lambda: float,
+    tail: str,
+    temperature: float,
+) -> torch.Tensor:
+    """The loss [T] as method.md writes it, from whole logits, in their dtype and on their device."""
+    log_q_S = (logits / temperature).log_softmax(-1).gather(1, ids)
+    logprobs = logprobs.to(logits.dtype)
+    p = logprobs.exp()
+    if tail == "renormalize":
+        p = p / p.sum(-1, keepdim=True)
+        kd = (p * (p.log() - log_q_S.log_softmax(-1))).sum(-1)
+    else:
+        kd = (p * (logprobs - log_q_S)).sum(-1)
+    if tail == "bucket":
+        mass = tail_mass.to(logits.dtype)
+        kd = kd + mass * (mass.log() - torch.log1p(-log_q_S.exp().sum(-1)))
+    ce = -logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    return (1 - kd_lambda) * ce + kd_lambda * temperature**2 * kd
+
+
 class Problem:
     """Random logits, targets and teacher; `FIRST_IDS` are among the targets and in the teacher's top-k."""
 
@@ -66,20 +92,7 @@ class Problem:
 
     def definition(self, logits: torch.Tensor, kd_lambda: float, tail: str) -> torch.Tensor:
         """The loss [T] as method.md writes it, from whole logits of any dtype."""
-        dtype = logits.dtype
-        log_q_S = (logits / self.temperature).log_softmax(-1).gather(1, self.ids)
-        logprobs = self.logprobs.to(dtype)
-        p = logprobs.exp()
-        if tail == "renormalize":
-            p = p / p.sum(-1, keepdim=True)
-            kd = (p * (p.log() - log_q_S.log_softmax(-1))).sum(-1)
-        else:
-            kd = (p * (logprobs - log_q_S)).sum(-1)
-        if tail == "bucket":
-            mass = self.tail_mass.to(dtype)
-            kd = kd + mass * (mass.log() - torch.log1p(-log_q_S.exp().sum(-1)))
-        ce = -logits.log_softmax(-1).gather(1, self.targets[:, None])[:, 0]
-        return (1 - kd_lambda) * ce + kd_lambda * self.temperature**2 * kd
+        return definition(logits, *self.labels(), kd_lambda, tail, self.temperature)
 
     def reference(self, kd_lambda: float, tail: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss [T] and gradient [T, V] of Σ upstream·loss by autograd through the definition, float64."""

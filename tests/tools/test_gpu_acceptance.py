@@ -142,7 +142,7 @@ def test_tests_pass_where_some_ran_and_none_failed(
     file = tmp_path / "test_it.py"
     file.write_text(body)
     (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = -ra\n")
-    found = tool.tests(str(file), words=f"--rootdir {tmp_path} -c {tmp_path / 'pytest.ini'}")(60.0)
+    found = tool.tests("--rootdir", str(tmp_path), "-c", str(tmp_path / "pytest.ini"), str(file))(60.0)
     assert found == (text.format(file=os.path.relpath(file, ROOT)), good)
     assert ("assert 1 == 2" in capsys.readouterr().err) == ("1 failed" in text), "why is said beside the table"
 
