@@ -3,9 +3,9 @@
 #
 #   tools/make_gpu_env.sh [--dry-run] DIR      --dry-run: print every command, run none
 #
-# Linux on x86-64 with Python 3.12 and a driver of release 580 or later (CUDA 13.0). Some 5 GB to download, 12 GB on disk.
-# Versions are those of constraints/gpu.txt. No CUDA toolkit is needed: pip's own nvcc comes with torch. Building
-# Transformer Engine's PyTorch part takes minutes to half an hour, by the number of cores, and a C++ compiler.
+# Linux on x86-64 with Python 3.12 and a driver of release 580 or later (CUDA 13.0). 8.6 GB on disk without Transformer
+# Engine. Versions are those of constraints/gpu.txt. No CUDA toolkit is needed: pip's own nvcc is installed. A C++ compiler
+# is, for Transformer Engine's PyTorch part, which is built here, and for the kernels.
 #
 # NPD_PYTHON           the Python 3.12 that makes it (default: python3.12)
 # NPD_PIP_ARGS         words for every `pip install`; pip's own settings count as well
