@@ -40,6 +40,7 @@ def built(norm: type[RMSNorm], parallel: Parallel, monkeypatch: pytest.MonkeyPat
     return build_gpt(DIMS, parallel, torch.float32, ModelOptions("reference"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("saved_with", "loaded_with"), [(RMSNorm, NormWithState), (NormWithState, RMSNorm)])
 def test_a_checkpoint_of_one_is_loaded_by_the_other(
     saved_with: type[RMSNorm],

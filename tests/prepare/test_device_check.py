@@ -43,6 +43,7 @@ def test_without_a_gpu_it_says_what_it_would_check(
     assert said.err == f"npd: error: --devices: no GPU can be used here{hidden}; must be run on a node that has some\n"
 
 
+@pytest.mark.slow
 def test_an_environment_for_cpus_uses_no_gpu(inputs: Inputs) -> None:
     """Where torch says that there is one."""
     path = os.pathsep.join(filter(None, [str(SUPPORT / "pretend_gpu"), os.environ.get("PYTHONPATH")]))

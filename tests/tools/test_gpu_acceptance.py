@@ -126,7 +126,7 @@ def test_only_what_is_asked_for_is_run(tool: ModuleType, accept: Callable[..., i
     assert accept(good, other, words=["--only", "MFU, good"]) == 0
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("body", "text", "good"),
     [
@@ -147,7 +147,7 @@ def test_tests_pass_where_some_ran_and_none_failed(
     assert ("assert 1 == 2" in capsys.readouterr().err) == ("1 failed" in text), "why is said beside the table"
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_a_check_that_takes_too_long_leaves_no_process(tool: ModuleType, tmp_path: Path) -> None:
     """What it started would hold the memory of a GPU."""
     file = tmp_path / "pid"

@@ -31,7 +31,7 @@ print(json.dumps({"on_cpu": start._prepare_environment(threads=1), "seen": seen}
 WITHOUT_A_CONTEXT = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_cuda_is_asked_only_once_workers_will_be_spawned() -> None:
     """torch forbids CUDA in what is forked after it was asked for devices, and vLLM forks unless told otherwise."""
     code = f"NAMES = {list(WITHOUT_A_CONTEXT)}\n{ASK_FOR_GPUS}"
