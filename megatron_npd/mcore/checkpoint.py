@@ -178,11 +178,12 @@ def read_run_state(checkpoint: Path) -> dict[str, Any]:
 def load_checkpoint(checkpoint: Path, trainable: Trainable) -> None:
     """Load weights and optimizer in place, saved at whatever parallel layout."""
     model = model_state(trainable.models)
-    templates = optimizer_state.sharded_for_loading(trainable, model)
-    loaded = dist_checkpointing.load({"model": model, "optimizer": templates}, str(checkpoint))
+    held = optimizer_state.sharded_for_loading(trainable, model)
+    loaded = dist_checkpointing.load({"model": model, "optimizer": dict(held)}, str(checkpoint))
     _load_models(trainable.models, loaded["model"])
-    steps = read_json(checkpoint / STATE)["optimizer_steps"]
-    optimizer_state.restore(trainable, loaded["optimizer"], steps)
+    for name, block in held.items():
+        block.data.copy_(loaded["optimizer"][name])  # of itself, unless a future Megatron loads elsewhere
+    optimizer_state.set_steps(trainable, read_json(checkpoint / STATE)["optimizer_steps"])
 
 
 def load_model_only(checkpoint: Path, models: list[Any]) -> None:

@@ -1,25 +1,30 @@
-"""Optimizer state as full tensors shaped like the parameters they belong to, whichever optimizer holds it.
+"""Optimizer state as tensors shaped and named like the parameters they belong to, whichever optimizer holds it.
 
 A checkpoint holds, for every parameter, `exp_avg` and `exp_avg_sq` and, where the model computes in 16 bit, the float32
-`main` weights: sharded exactly as the parameter itself. So a run can go on at another tensor, pipeline or data
-parallel size, with or without the distributed optimizer, and with torch's, Transformer Engine's or apex's Adam. (The
-distributed optimizer's own formats of megatron-core 0.16 lose the step count of torch's Adam, and none can be read
-without it.)
+`main` weights. So a run can go on at another tensor, pipeline or data parallel size, with or without the distributed
+optimizer, and with torch's, Transformer Engine's or apex's Adam. (The distributed optimizer's own formats of
+megatron-core 0.16 lose the step count of torch's Adam, and none can be read without it.)
+
+Where the distributed optimizer splits the state over the data-parallel ranks, each rank writes the elements that it
+holds, as blocks of those tensors, and reads no others. Nothing is sent between ranks and nothing is copied before the
+checkpoint's writer does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 
-from megatron_npd.mcore.optimizer import Trainable, sum_over
+from megatron_npd.mcore.flat_blocks import pieces
+from megatron_npd.mcore.optimizer import Trainable
 
 MAIN = "main"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -35,45 +40,30 @@ class Slot:
     bounds: tuple[int, int] | None
     """Elements of the flattened parameter this rank holds; None: all of them."""
 
+    @property
+    def first(self) -> int:
+        """The parameter's first element that this rank holds."""
+        return 0 if self.bounds is None else self.bounds[0]
 
-def sharded_for_saving(trainable: Trainable, model_state: dict[str, Any]) -> dict[str, Any]:
-    """The state as sharded tensors; every rank calls this, the replicas of a shard return nothing for it.
+
+def sharded_for_saving(trainable: Trainable, model_state: dict[str, Any]) -> dict[str, ShardedTensor]:
+    """The state that this rank is to write, sharing memory with the optimizer's; every rank calls this.
 
     `model_state`: the model's sharded state dict, whose data are the parameters themselves.
     """
-    slots, saved = _slots(trainable), {}
-    for number, (parameter, described) in enumerate(_described(trainable, model_state)):
-        for name in _names(trainable):
-            full = _full_tensor(parameter, slots.get(parameter), name, trainable)
-            if full is not None:
-                saved[f"{name}.{number}"] = _with_data(described, name, full)
-    return saved
+    if not (_is_split(trainable) or trainable.parallel.is_first_replica):
+        return {}  # another rank holds, and writes, the same
+    return _sharded(trainable, model_state, _held)
 
 
-def sharded_for_loading(trainable: Trainable, model_state: dict[str, Any]) -> dict[str, Any]:
-    """The same with empty tensors in host memory, to load into."""
-    return {
-        f"{name}.{number}": _with_data(described, name, torch.empty(parameter.shape, device="cpu"))
-        for number, (parameter, described) in enumerate(_described(trainable, model_state))
-        for name in _names(trainable)
-    }
+def sharded_for_loading(trainable: Trainable, model_state: dict[str, Any]) -> dict[str, ShardedTensor]:
+    """The state that this rank holds, to be loaded in place; moments the optimizer does not have yet are made."""
+    return _sharded(trainable, model_state, _held_or_made)
 
 
-@torch.no_grad()
-def restore(trainable: Trainable, loaded: dict[str, torch.Tensor], steps: int) -> None:
-    """Put loaded tensors where the optimizer keeps them. `steps`: optimizer steps done when they were saved."""
-    slots = _slots(trainable)
-    for number, parameter in enumerate(_parameters(trainable)):
-        slot = slots.get(parameter)
-        if slot is None:
-            continue  # another data-parallel rank's
-        for name in _names(trainable):
-            full = loaded[f"{name}.{number}"]
-            part = full if slot.bounds is None else full.flatten()[slice(*slot.bounds)]
-            if name == MAIN:
-                slot.main.copy_(part)
-            else:
-                slot.adam.state[slot.main][name] = part.to(slot.main.device, torch.float32, copy=True)
+def set_steps(trainable: Trainable, steps: int) -> None:
+    """Tell the optimizer how many steps its moments have seen."""
+    for slot in _slots(trainable).values():
         _set_steps(slot, steps)
 
 
@@ -91,20 +81,40 @@ def _names(trainable: Trainable) -> tuple[str, ...]:
     return (MAIN, *MOMENTS) if sixteen_bit else MOMENTS
 
 
-def _full_tensor(parameter: torch.Tensor, slot: Slot | None, name: str, trainable: Trainable) -> torch.Tensor | None:
-    """One state of one parameter, float32 in its shape; None on the replicas of the rank that writes it.
+def _sharded(
+    trainable: Trainable, model_state: dict[str, Any], tensor: Callable[[Slot, str], torch.Tensor]
+) -> dict[str, ShardedTensor]:
+    slots, found = _slots(trainable), {}
+    for number, (parameter, described) in enumerate(_described(trainable, model_state)):
+        if parameter not in slots:
+            continue  # another data-parallel rank's
+        slot = slots[parameter]
+        states = {name: tensor(slot, name).detach().view(-1) for name in _names(trainable)}
+        for index, piece in enumerate(pieces(described, parameter.shape, *(slot.bounds or (0, parameter.numel())))):
+            for name, state in states.items():
+                key = f"optimizer.{name}.{piece.described.key}"
+                block = piece.holding(state, slot.first, key)
+                found[f"{name}.{number}.{index}"] = _of_no_replica(block) if _is_split(trainable) else block
+    return found
 
-    A state split over the data-parallel ranks is put together by adding its disjoint parts as bit patterns.
-    """
-    split = trainable.chunks[0].ddp_config.use_distributed_optimizer
-    held = None if slot is None else (slot.main if name == MAIN else slot.adam.state[slot.main][name])
-    if not split:
-        return held.detach() if trainable.parallel.is_first_replica else None
-    full = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
-    if slot is not None:
-        full[slice(*slot.bounds)] = held
-    sum_over(trainable.parallel.dp_cp_group, full.view(torch.int32))
-    return full.view(parameter.shape).cpu() if trainable.parallel.is_first_replica else None
+
+def _held(slot: Slot, name: str) -> torch.Tensor:
+    return slot.main if name == MAIN else slot.adam.state[slot.main][name]
+
+
+def _held_or_made(slot: Slot, name: str) -> torch.Tensor:
+    if name != MAIN and name not in slot.adam.state[slot.main]:
+        slot.adam.state[slot.main][name] = torch.zeros_like(slot.main, dtype=torch.float32)
+    return _held(slot, name)
+
+
+def _of_no_replica(block: ShardedTensor) -> ShardedTensor:
+    """The ranks of which one is told by the last part of a replica's number hold different elements."""
+    return replace(block, replica_id=(*block.replica_id[:-1], 0))
+
+
+def _is_split(trainable: Trainable) -> bool:
+    return trainable.chunks[0].ddp_config.use_distributed_optimizer
 
 
 def _described(trainable: Trainable, model_state: dict[str, Any]) -> Iterator[tuple[torch.nn.Parameter, Any]]:
@@ -118,14 +128,6 @@ def _parameters(trainable: Trainable) -> Iterator[torch.nn.Parameter]:
     """This rank's parameters, in an order that all data-parallel ranks share."""
     for model in trainable.models:
         yield from model.parameters()
-
-
-def _with_data(described: Any, name: str, data: torch.Tensor) -> Any:
-    """`described` for another tensor of the same shape and sharding, under a key of its own."""
-    changes = {"key": f"optimizer.{name}.{described.key}", "data": data}
-    if hasattr(described, "dtype"):
-        changes["dtype"] = data.dtype
-    return replace(described, **changes)
 
 
 def _slots(trainable: Trainable) -> dict[torch.nn.Parameter, Slot]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from megatron_runs import Outcome, assert_same_training, train, train_all
 from tiny_models import make_llama
+from torch.distributed.checkpoint import FileSystemReader
 
 pytestmark = pytest.mark.slow
 EPSILON = {"adam_eps": 1e-5}
@@ -72,6 +74,27 @@ def test_resuming_at_another_layout(checkpoint: Path, uninterrupted: Outcome, tm
     last = outcomes[-1]
     history = [record for outcome in outcomes for record in outcome.history]
     assert_same_training(Outcome(history, last.loaded, last.trained, last.checkpoints), uninterrupted)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_each_rank_writes_and_reads_the_optimizer_state_that_it_holds(
+    dtype: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    """No rank gathers what others hold, to write it or to read its own part of it."""
+    layout = {"distributed_optimizer": True, "dtype": dtype, "steps": 1, "checkpoint_after": True}
+    outcome = train_all({"": layout}, checkpoint, tmp_path, world_size=2)[""]
+    ranks = [json.loads((tmp_path / f"state_{rank}.json").read_text()) for rank in range(2)]
+    assert [rank["all_reduces"] for rank in ranks] == [0, 0]
+    parameters = sum(tensor.numel() for name, tensor in outcome.trained.items() if name != "lm_head.weight")
+    states = 3 if dtype == "bfloat16" else 2
+    assert sum(rank["held"] for rank in ranks) == states * parameters
+    assert max(rank["held"] for rank in ranks) < 0.55 * states * parameters
+    metadata = FileSystemReader(outcome.checkpoints / "iter_0000001").read_metadata()
+    written = [0, 0]
+    for index, place in metadata.storage_data.items():
+        if index.fqn.startswith("optimizer."):
+            written[int(place.relative_path.removeprefix("__").split("_")[0])] += place.length
+    assert max(written) < 0.6 * sum(written)
 
 
 def test_the_newest_are_kept(checkpoint: Path, tmp_path: Path) -> None:

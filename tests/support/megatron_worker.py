@@ -7,11 +7,12 @@ A list of such jobs runs one after another.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,9 @@ from megatron_npd.data.context_parallel import context_parallel_share
 from megatron_npd.data.packing import pack_balanced
 from megatron_npd.distributed.collectives import broadcast_object
 from megatron_npd.distributed.parallel import Parallel
-from megatron_npd.mcore import checkpoint
+from megatron_npd.mcore import checkpoint, optimizer_state
 from megatron_npd.mcore.attention import choose_backend
-from megatron_npd.mcore.checkpoint import Checkpointer, latest_checkpoint, load_checkpoint, read_run_state
+from megatron_npd.mcore.checkpoint import Checkpointer, latest_checkpoint, load_checkpoint, model_state, read_run_state
 from megatron_npd.mcore.model import ModelOptions, build_gpt, named_parameters
 from megatron_npd.mcore.model_parallel import initialize, leave_layout, shutdown
 from megatron_npd.mcore.optimizer import make_trainable, micro_batch_multiple, train_step
@@ -102,6 +103,22 @@ def local_batches(packs: list[list[int]], samples: list[TrainingSample], paralle
     ]
 
 
+@contextlib.contextmanager
+def counted(module: Any, name: str) -> Iterator[list[Any]]:
+    """The calls of a function while this lasts: a list of their arguments."""
+    calls, function = [], getattr(module, name)
+
+    def count(*arguments: Any, **keywords: Any) -> Any:
+        calls.append(arguments)
+        return function(*arguments, **keywords)
+
+    setattr(module, name, count)
+    try:
+        yield calls
+    finally:
+        setattr(module, name, function)
+
+
 def _kill_this_process(*_: Any, **__: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -164,7 +181,11 @@ def train(job: dict[str, Any]) -> None:
         sums = broadcast_object(sums, source=parallel.logging_rank)
         history.append({"loss": sums.loss / sums.tokens, "tokens": sums.tokens, "norm": norm})
     if job.get("checkpoint_after"):
-        checkpointer.save(job["steps"], {"step": job["steps"]})
+        with counted(torch.distributed, "all_reduce") as reductions:
+            checkpointer.save(job["steps"], {"step": job["steps"]})
+        blocks = optimizer_state.sharded_for_loading(trainable, model_state(models)).values()
+        held = sum(block.data.numel() for block in blocks)
+        (out / f"state_{parallel.rank}.json").write_text(json.dumps({"held": held, "all_reduces": len(reductions)}))
     checkpointer.wait()
     trained = dict(gather_hugging_face(named_parameters(trainable.models), dims, parallel))
     if parallel.tp_rank == 0 and parallel.is_first_replica:
