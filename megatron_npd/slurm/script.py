@@ -17,7 +17,7 @@ SCRIPT = r"""
 
 # shellcheck disable=SC1091  # what `setup` sources is not here
 set -euo pipefail
-@SETUP@
+@SETUP@@KERNELS@
 CONFIG=@CONFIG@
 RUN=@RUN@
 SETTINGS=(@SETTINGS@)
@@ -60,6 +60,11 @@ esac
 exit "$status"
 """
 
+KERNELS = """\
+# On GPUs the plain torch reference is several times slower: the fused operators or one line that says why not.
+[[ ${NPD_DISABLE_KERNELS:-0} != 0 ]] || export NPD_REQUIRE_KERNELS="${NPD_REQUIRE_KERNELS:-1}"
+"""
+
 
 def render(config: Config, path: str, settings: list[str]) -> str:
     """The script for a configuration file.
@@ -78,6 +83,7 @@ def render(config: Config, path: str, settings: list[str]) -> str:
     overrides = [word for setting in settings for word in ("--set", setting)]
     parts = {
         "SETUP": "".join(f"{line}\n" for line in config.slurm.setup),
+        "KERNELS": KERNELS if any(component.gpus for component in layout.components) else "",
         "CONFIG": shlex.quote(path),
         "RUN": shlex.quote(config.run_directory),
         "SETTINGS": shlex.join(overrides),

@@ -196,6 +196,31 @@ def test_the_words_of_the_configuration_reach_the_shell_unharmed(configured: Set
     assert "module load cuda" in script.splitlines()
 
 
+@pytest.mark.parametrize(
+    ("setup", "required"),
+    [
+        ("", "1"),
+        ("export NPD_REQUIRE_KERNELS=0", "0"),
+        ("export NPD_DISABLE_KERNELS=1", "unset"),
+        ("export NPD_DISABLE_KERNELS=0", "1"),
+    ],
+)
+def test_on_gpus_the_fused_operators_are_required_unless_switched_off(
+    configured: SetConfig, setup: str, required: str
+) -> None:
+    """They refuse to be required and switched off at once. Roles get the variable from srun, which passes all on."""
+    start = render(configured(slurm__setup=[setup] if setup else []), "run.toml", []).partition("CONFIG=")[0]
+    shown = subprocess.run(
+        ["bash", "-c", start + 'echo "${NPD_REQUIRE_KERNELS-unset}"'],
+        env={"PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert shown == f"{required}\n"
+    assert "NPD_REQUIRE_KERNELS" not in render(configured(slurm__gpus_per_node=0), "run.toml", [])
+
+
 def test_nodes_do_not_take_turns_unless_told_to(configured: SetConfig) -> None:
     assert "--set launch.turns=off" in render(configured(), "run.toml", [])
     assert "launch.turns" not in render(configured(launch__turns="on"), "run.toml", [])
