@@ -43,6 +43,15 @@ def test_there_are_five() -> None:
     assert all((EXAMPLES / name / "README.md").is_file() for name in NAMES)
 
 
+DIVISIONS = {
+    "openpangu_7b_to_1b": (4, 3, 1),
+    "qwen2.5_coder_7b_to_1.5b": (4, 2, 2),
+    "qwen2.5_math_7b_to_1.5b": (4, 2, 2),
+    "qwen3_8b_to_0.6b": (2, 4, 2),
+}
+"""GPUs that train, annotate and sample."""
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_each_is_the_papers_recipe(name: str) -> None:
     config = load_config(EXAMPLES / name / "run.toml")
@@ -57,9 +66,18 @@ def test_the_script_beside_it_is_what_npd_slurm_renders() -> None:
     assert [path.parent.name for path in EXAMPLES.glob("*/job.sh")] == [LARGEST], "one is enough to read"
 
 
-def test_those_on_one_node_differ_in_their_names_alone() -> None:
-    scripts = {rendered(name).replace(name, "NAME") for name in NAMES if name != LARGEST}
-    assert len(scripts) == 1 and "step rollout.node0 0 1 5 3-7 rollout --policy all" in scripts.pop()
+def test_those_on_one_node_differ_in_their_names_and_divisions_alone() -> None:
+    """Trainer, annotators and sidecars have the GPUs one after another."""
+    divisions = {name: DIVISIONS[name] for name in NAMES if name != LARGEST}
+    scripts = set()
+    for name, (training, annotators, sidecars) in divisions.items():
+        assert training + annotators + sidecars == 8
+        lines = rendered(name).replace(name, "NAME").splitlines()
+        scripts.add("\n".join(line for line in lines if not line.startswith(("step ", "#   "))))
+        first = 8 - sidecars
+        gpus = f"{first}-7" if sidecars > 1 else "7"
+        assert f"step rollout.node0 0 1 {sidecars} {gpus} rollout --policy all" in "\n".join(lines)
+    assert len(scripts) == 1
 
 
 def rendered(name: str) -> str:
