@@ -18,7 +18,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Piece:
+class StoredBlock:
     """A block of a stored tensor, and the elements of the parameter that belong there."""
 
     start: int
@@ -37,7 +37,9 @@ class Piece:
         return replace(self.described, key=key, data=data, dtype=data.dtype)
 
 
-def pieces(described: ShardedTensor | ShardedTensorFactory, shape: Shape, start: int, stop: int) -> list[Piece]:
+def stored_blocks(
+    described: ShardedTensor | ShardedTensorFactory, shape: Shape, start: int, stop: int
+) -> list[StoredBlock]:
     """Elements `start` to `stop` of a parameter as blocks of the tensors that `described` stores it in.
 
     `described` may be a factory, which makes several stored tensors of one parameter (SwiGLU's two halves). `shape`:
@@ -54,8 +56,8 @@ def pieces(described: ShardedTensor | ShardedTensorFactory, shape: Shape, start:
             place = tuple(a + b for a, b in zip(stored.global_offset, (0,) * len(lead) + offset, strict=True))
             changes: dict[str, Any] = {"global_offset": place, "local_shape": lead + block, "prepend_axis_num": 0}
             # No fragmentation: the blocks of all ranks make no regular grid.
-            piece = replace(stored, data=None, axis_fragmentations=None, **changes)
-            found.append(Piece(begin, begin + math.prod(block), piece))
+            where = replace(stored, data=None, axis_fragmentations=None, **changes)
+            found.append(StoredBlock(begin, begin + math.prod(block), where))
     return found
 
 

@@ -23,7 +23,7 @@ from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 
-from megatron_npd.mcore.flat_blocks import pieces
+from megatron_npd.mcore.flat_blocks import stored_blocks
 from megatron_npd.mcore.optimizer import Trainable
 
 MAIN = "main"
@@ -90,10 +90,11 @@ def _sharded(
             continue  # another data-parallel rank's
         slot = slots[parameter]
         states = {name: tensor(slot, name).detach().view(-1) for name in _names(trainable)}
-        for index, piece in enumerate(pieces(described, parameter.shape, *(slot.bounds or (0, parameter.numel())))):
+        bounds = slot.bounds or (0, parameter.numel())
+        for index, place in enumerate(stored_blocks(described, parameter.shape, *bounds)):
             for name, state in states.items():
-                key = f"optimizer.{name}.{piece.described.key}"
-                block = piece.holding(state, slot.first, key)
+                key = f"optimizer.{name}.{place.described.key}"
+                block = place.holding(state, slot.first, key)
                 found[f"{name}.{number}.{index}"] = _of_no_replica(block) if _is_split(trainable) else block
     return found
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 
-from megatron_npd.mcore.flat_blocks import Shape, blocks, pieces
+from megatron_npd.mcore.flat_blocks import Shape, blocks, stored_blocks
 
 
 @st.composite
@@ -47,7 +47,7 @@ def test_two_ranks_store_a_parameter_at_its_place(layer: int | None, halves: boo
     whole = torch.full(described.global_shape, -1.0)
     for start, stop in ((0, cut), (cut, 48)):
         held = values.flatten()[start:stop].clone()
-        for piece in pieces(stored, values.shape, start, stop):
+        for piece in stored_blocks(stored, values.shape, start, stop):
             block = piece.holding(held, start, "optimizer.key")
             assert block.key == "optimizer.key" and block.data.untyped_storage().data_ptr() == held.data_ptr()
             place = whole[block.global_slice()]
@@ -74,4 +74,4 @@ def test_a_parameter_that_is_not_stored_as_it_lies_is_refused() -> None:
     factory = apply_swiglu_sharded_factory(described, [])
     factory.build_fn = transposed
     with pytest.raises(NotImplementedError, match="key: is not stored as whole rows of its parameter"):
-        pieces(factory, values.shape, 0, 24)
+        stored_blocks(factory, values.shape, 0, 24)
