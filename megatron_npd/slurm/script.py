@@ -78,19 +78,20 @@ def render(config: Config, path: str, settings: list[str]) -> str:
     """
     check(config)
     layout = place_roles(config)
+    gpus = any(component.gpus for component in layout.components)
     if config.launch.turns == "auto":  # meant for one machine: nodes must not wait for each other
         settings = [*settings, "launch.turns=off"]
     overrides = [word for setting in settings for word in ("--set", setting)]
     parts = {
         "SETUP": "".join(f"{line}\n" for line in config.slurm.setup),
-        "KERNELS": KERNELS if any(component.gpus for component in layout.components) else "",
+        "KERNELS": KERNELS if gpus else "",
         "CONFIG": shlex.quote(path),
         "RUN": shlex.quote(config.run_directory),
         "SETTINGS": shlex.join(overrides),
         "LISTS": _node_lists(layout),
         "SRUN": "".join(f" {shlex.quote(option)}" for option in config.slurm.srun_options),
         "STEPS": "\n".join(_step_lines(config, layout)),
-        **_container(config, any(component.gpus for component in layout.components)),
+        **_container(config, gpus),
         "CONTINUE": _continuation(config),
     }
     body = SCRIPT
