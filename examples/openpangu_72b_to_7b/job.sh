@@ -3,7 +3,8 @@
 #
 #   trainer    nodes 0-1    8 processes a node, GPUs 0-7
 #   annotator  node 2       8 processes, GPUs 0-7
-#   rollout    node 3       2 processes, GPUs 0-7
+#   annotator  node 3       4 processes, GPUs 0-3
+#   rollout    node 3       1 process, GPUs 4-7
 #
 #SBATCH --job-name=openpangu_72b_to_7b
 #SBATCH --output=%x-%j.log
@@ -44,7 +45,8 @@ step() { # NAME FIRST_NODE NODES TASKS_PER_NODE DEVICES COMMAND...
 }
 step trainer 0 2 8 0-7 trainer
 step annotator.node2 2 1 8 0-7 annotator
-step rollout.node3 3 1 2 0-7 rollout --policy all
+step annotator.node3 3 1 4 0-3 annotator
+step rollout.node3 3 1 1 4-7 rollout --policy all
 
 # Checks everything, then makes the run directory or finds it made by an earlier job.
 npd prepare "$CONFIG" "${SETTINGS[@]}"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,9 +15,15 @@ from npd_runs import npd, run_trainer
 from places import EXAMPLES
 from scaled_examples import NAMES
 
+from megatron_npd.buffer.plan import make_plan
 from megatron_npd.cli import main
-from megatron_npd.config import load_config
+from megatron_npd.config import Config, load_config
+from megatron_npd.estimates.division import Sizes, best_division
+from megatron_npd.estimates.parameters import stage_parameters
+from megatron_npd.estimates.rates import AnnotatorRates, LaunchRates, Rates, RolloutRates, SampleRates, TrainerRates
+from megatron_npd.estimates.simulation import Workers, simulate
 from megatron_npd.estimates.text import role_memories
+from megatron_npd.estimates.workload import workload
 from megatron_npd.models.hf_config import read_model_dims
 from megatron_npd.prepare.dtype import decide_dtype
 from megatron_npd.slurm.placement import place_roles
@@ -44,12 +52,21 @@ def test_there_are_five() -> None:
 
 
 DIVISIONS = {
+    "openpangu_72b_to_7b": (16, 12, 4),
     "openpangu_7b_to_1b": (4, 3, 1),
     "qwen2.5_coder_7b_to_1.5b": (4, 2, 2),
     "qwen2.5_math_7b_to_1.5b": (4, 2, 2),
     "qwen3_8b_to_0.6b": (2, 4, 2),
 }
 """GPUs that train, annotate and sample."""
+PROMPT_AND_RESPONSE = {
+    "openpangu_72b_to_7b": (200, 800),
+    "openpangu_7b_to_1b": (200, 800),
+    "qwen2.5_coder_7b_to_1.5b": (250, 600),
+    "qwen2.5_math_7b_to_1.5b": (150, 700),
+    "qwen3_8b_to_0.6b": (200, 2500),
+}
+"""Mean lengths, tokens: assumed."""
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -78,6 +95,57 @@ def test_those_on_one_node_differ_in_their_names_and_divisions_alone() -> None:
         gpus = f"{first}-7" if sidecars > 1 else "7"
         assert f"step rollout.node0 0 1 {sidecars} {gpus} rollout --policy all" in "\n".join(lines)
     assert len(scripts) == 1
+
+
+def assumed_rates(name: str, config: Config, sampled: float) -> Rates:
+    """What `examples/README.md` says of the divisions rests on this; nothing but the trainer's share was measured.
+
+    Args:
+        sampled: response tokens a second of a GPU that samples.
+    """
+    values = scaled_examples.read(name)["models"]
+    teacher, student = (parameters_of(Path(values[role]).name) for role in ("teacher", "student"))
+    prompt, response = PROMPT_AND_RESPONSE[name]
+    training, annotator, engine = config.training, config.annotator, config.rollout.tensor_model_parallel_size
+    return Rates(
+        samples=SampleRates(
+            prompt_tokens=prompt, response_tokens=response, kept_share=0.6, kept_tokens=prompt + response
+        ),
+        launch=LaunchRates(start_seconds=10),
+        trainer=TrainerRates(
+            start_seconds=60,
+            tokens_per_second=training.tensor_model_parallel_size * 390e12 / (6 * student),
+            step_seconds=0.2,
+            publish_seconds=5,
+        ),
+        annotator=AnnotatorRates(
+            start_seconds=60,
+            tokens_per_second=annotator.tensor_model_parallel_size * 350e12 / (teacher + student),
+        ),
+        rollout=RolloutRates(start_seconds=90, tokens_per_second=engine * sampled),
+        rollout_teacher=RolloutRates(start_seconds=90, tokens_per_second=engine * sampled / 6),
+    )
+
+
+def parameters_of(model: str) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(scaled_examples.RELEASED[model]))
+        return stage_parameters(read_model_dims(Path(folder)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("factor", [1, 2])
+def test_the_gpus_go_to_those_who_need_them(name: str, factor: int) -> None:
+    """Where a GPU samples 30,000 tokens a second, or twice that, of a small student, and a third of it of a 7B."""
+    config = load_config(EXAMPLES / name / "run.toml")
+    rates = assumed_rates(name, config, factor * (10_000 if name == LARGEST else 30_000))
+    work, sizes = workload(config, make_plan(config, 20_000, 256), rates), Sizes.of(config)
+    workers = Workers(config.training.data_parallel_size, config.slurm.annotators, config.slurm.sidecars)
+    ours = simulate(work, rates, workers).seconds
+    best = best_division(work, rates, sizes, sum(DIVISIONS[name]))
+    assert best is not None and ours < 1.06 * best.timeline.seconds
+    papers = Workers(4, 2, 4) if name == LARGEST else Workers(2, 1, 5)
+    assert 0.40 < ours / simulate(work, rates, papers).seconds < 0.78
 
 
 def rendered(name: str) -> str:
