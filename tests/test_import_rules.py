@@ -22,6 +22,7 @@ PACKAGE_FOLDER = ROOT / PACKAGE
 LEVELS = [
     (
         "__init__",
+        "cache",
         "errors",
         "schema",
         "roles",
@@ -51,7 +52,7 @@ DOORS = {"megatron": "mcore", "transformer_engine": "mcore", "apex": "mcore", "v
 
 WITHOUT_TORCH = ("config", "models", "process", "data", "buffer", "selection", "versions", "roles", "files")
 
-LOOSE = {"__init__", "cli", "errors", "schema", "roles", "files", "safetensors_format", "run_directory"}
+LOOSE = {"__init__", "cache", "cli", "errors", "schema", "roles", "files", "safetensors_format", "run_directory"}
 """Modules that lie beside the rooms, because every room may want them."""
 
 COLLECTIVES = ("all_", "barrier", "broadcast", "gather", "reduce", "scatter", "send", "recv")

@@ -1,7 +1,8 @@
 """Tokenised prompt sets: written once, memory-mapped by every role. A million prompts must be cheap.
 
 A folder holds `ids.npy` (int32, all prompts one after another), `offsets.npy` (int64 [n + 1]) and `names.txt` (one
-prompt id a line).
+prompt id a line). Where the user's data has responses to some of the prompts, `response_ids.npy` and
+`response_offsets.npy` hold them alike: a prompt without a given response has an empty one.
 """
 
 from __future__ import annotations
@@ -28,12 +29,29 @@ class PromptSet:
     ids: np.ndarray
     offsets: np.ndarray
     names: list[str]
+    response_ids: np.ndarray | None = None
+    """int32: the responses that the data gives, each with its end token, one after another; None: none at all."""
+    response_offsets: np.ndarray | None = None
+    """int64 [n + 1]."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
     def __getitem__(self, index: int) -> np.ndarray:
         return self.ids[self.offsets[index] : self.offsets[index + 1]]
+
+    def response(self, index: int) -> np.ndarray:
+        """The given response to a prompt, int32 [R]; empty where there is none."""
+        if self.response_ids is None or self.response_offsets is None:
+            return np.zeros(0, np.int32)
+        return self.response_ids[self.response_offsets[index] : self.response_offsets[index + 1]]
+
+    @property
+    def answered(self) -> np.ndarray:
+        """Prompts that have a given response, int64, ascending."""
+        if self.response_offsets is None:
+            return np.zeros(0, np.int64)
+        return np.flatnonzero(np.diff(self.response_offsets))
 
 
 def read_chats(path: str | Path) -> list[tuple[str, list[dict[str, Any]]]]:
@@ -61,21 +79,35 @@ def read_chats(path: str | Path) -> list[tuple[str, list[dict[str, Any]]]]:
     return chats
 
 
-def save_prompt_set(folder: Path, names: list[str], token_ids: list[list[int]]) -> None:
-    """Write a tokenised prompt set; `names.txt` comes last and marks it complete."""
-    offsets = np.zeros(len(token_ids) + 1, dtype=np.int64)
-    np.cumsum([len(ids) for ids in token_ids], out=offsets[1:])
-    flat = np.fromiter((i for ids in token_ids for i in ids), dtype=np.int32, count=int(offsets[-1]))
-    for name, array in (("ids.npy", flat), ("offsets.npy", offsets)):
-        write_atomically(folder / name, _npy_bytes(array))
+def save_prompt_set(
+    folder: Path, names: list[str], token_ids: list[list[int]], responses: list[list[int]] | None = None
+) -> None:
+    """Write a tokenised prompt set; `names.txt` comes last and marks it complete.
+
+    `responses`: given ones, each with its end token, [] for a prompt that has none.
+    """
+    for values, offsets, ragged in (("ids", "offsets", token_ids), ("response_ids", "response_offsets", responses)):
+        if ragged is not None:
+            for name, array in zip((values, offsets), _flat(ragged), strict=True):
+                write_atomically(folder / f"{name}.npy", _npy_bytes(array))
     write_atomically(folder / "names.txt", "\n".join(names).encode())
 
 
 def load_prompt_set(folder: Path) -> PromptSet:
     """Memory-map a tokenised prompt set."""
     names = (folder / "names.txt").read_text(encoding="utf-8").split("\n")
-    ids = np.load(folder / "ids.npy", mmap_mode="r")
-    return PromptSet(ids, np.load(folder / "offsets.npy", mmap_mode="r"), names)
+    ids, offsets, response_ids, response_offsets = (
+        np.load(path, mmap_mode="r") if (path := folder / f"{name}.npy").is_file() else None
+        for name in ("ids", "offsets", "response_ids", "response_offsets")
+    )
+    return PromptSet(ids, offsets, names, response_ids, response_offsets)
+
+
+def _flat(ragged: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Values int32 and offsets int64 [n + 1] of a ragged list."""
+    offsets = np.zeros(len(ragged) + 1, dtype=np.int64)
+    np.cumsum([len(ids) for ids in ragged], out=offsets[1:])
+    return np.fromiter((i for ids in ragged for i in ids), dtype=np.int32, count=int(offsets[-1])), offsets
 
 
 def _parse_line(where: str, line: str, number: int) -> tuple[str, list[dict[str, Any]]]:

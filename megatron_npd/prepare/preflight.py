@@ -9,7 +9,8 @@ from pathlib import Path
 from megatron_npd.config import Config
 from megatron_npd.errors import UserError
 from megatron_npd.models.hf_checkpoint import Checkpoint, check_checkpoint
-from megatron_npd.prepare.tokenise import TokenisedPrompts, shared_tokenizer, tokenised_splits
+from megatron_npd.prepare.shared_tokenizer import shared_tokenizer
+from megatron_npd.prepare.tokenise import TokenisedPrompts, tokenised_splits
 from megatron_npd.teacher.prefix import unconditional_prefix
 
 logger = logging.getLogger(__name__)
