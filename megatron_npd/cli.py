@@ -92,7 +92,7 @@ def _check(arguments: Arguments) -> int:
     print(f"prompts.train = {config.prompts.train}: {inputs.train}")
     print(f"prompts.heldout = {config.prompts.heldout}: {inputs.heldout}")
     print(describe_dtype(config))
-    plan = make_plan(config, len(inputs.train.names), len(inputs.heldout.names))
+    plan = make_plan(config, len(inputs.train), len(inputs.heldout))
     rates = Path(arguments.rates) if arguments.rates else None
     print("\n".join(estimate(config, inputs.teacher.dims, inputs.student.dims, plan, rates)))
     for line in machine_lines(config, inputs.teacher.dims, inputs.student.dims):

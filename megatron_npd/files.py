@@ -47,7 +47,12 @@ def with_file_name(path: Path) -> Iterator[None]:
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that it appears whole or not at all, replacing one that is there: temporary name, fsync, rename,
     fsync of the folder."""
-    with _temporary_file(path, lambda temporary: temporary.write_bytes(content)) as temporary:
+    fill_atomically(path, lambda temporary: temporary.write_bytes(content))
+
+
+def fill_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """`write_atomically` of a file too large to hold in memory: `write` fills the file of the path it is given."""
+    with _temporary_file(path, write) as temporary:
         os.rename(temporary, path)
     fsync_folder(path.parent)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import shutil
 import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ from megatron_npd.hardware import device
 pytest.register_assert_rewrite("finished_run", "megatron_runs", "npd_runs")  # they assert on behalf of tests
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["NPD_CACHE"] = tempfile.mkdtemp(prefix="npd_cache_")  # nothing a user has, and no run before, is seen
+atexit.register(shutil.rmtree, os.environ["NPD_CACHE"], ignore_errors=True)
 device.settle()  # before any test asks torch for a GPU
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: a second thread costs more than it does
 # Whoever started the tests in the background had SIGINT ignored, and what the tests start would inherit that.

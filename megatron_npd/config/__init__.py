@@ -1,12 +1,15 @@
 """The configuration of a run: its tables and keys, with their defaults and rules. Imported from here."""
 
+from megatron_npd.config.prompts import ColumnsConfig, PromptsConfig
 from megatron_npd.config.run import Config, LaunchConfig, RolloutConfig, SelectionConfig, TrainingConfig, load_config
 from megatron_npd.config.section import Section
 from megatron_npd.config.slurm import SlurmConfig, SlurmRoleConfig
 
 __all__ = [
+    "ColumnsConfig",
     "Config",
     "LaunchConfig",
+    "PromptsConfig",
     "RolloutConfig",
     "Section",
     "SelectionConfig",

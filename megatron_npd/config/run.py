@@ -15,6 +15,7 @@ from typing import Any, Literal
 import tomli_w
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from megatron_npd.config.prompts import PromptsConfig
 from megatron_npd.config.section import Section
 from megatron_npd.config.slurm import SlurmConfig
 from megatron_npd.errors import UserError
@@ -34,15 +35,6 @@ class ModelsConfig(Section):
     trust_remote_code: bool = False
     """Run Python code that lies in a checkpoint (its tokenizer, its configuration class). No supported model needs it:
     openPangu's tokenizer is read from its SentencePiece file otherwise."""
-
-
-class PromptsConfig(Section):
-    train: str
-    """JSON lines, one `{"id": ..., "messages": [{"role", "content"}, ...]}` each."""
-    heldout: str
-    """The same, never trained on: its teacher responses are the fixed set of the held-out KL."""
-    max_prompt_tokens: int = Field(1024, ge=1)
-    """A longer prompt (tokens, chat template included) is refused before anything starts."""
 
 
 class RoundsConfig(Section):
@@ -408,6 +400,8 @@ def _one_line(error: ValidationError) -> str:
         return f"missing key {key}{more}"
     if fault["type"] == "value_error" and not key:
         return f"{fault['ctx']['error']}{more}"
+    if fault["type"] == "value_error":
+        return f"{key}: {fault['ctx']['error']}{more}"
     return f"{key} = {fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}{more}"
 
 

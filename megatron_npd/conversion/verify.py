@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from megatron_npd.config import PromptsConfig
 from megatron_npd.conversion.to_hugging_face import StoredModel
-from megatron_npd.data.prompts import read_chats
+from megatron_npd.data.prompt_rows import read_prompts
 from megatron_npd.data.tokenizer import load_tokenizer
 from megatron_npd.distributed.parallel import Parallel
 from megatron_npd.errors import UserError
@@ -154,7 +155,7 @@ def prompts_from(argument: str, folder: Path) -> Prompts:
 
 
 def _tokenised(path: str, folder: Path) -> Prompts:
-    chats = [messages for _, messages in read_chats(path)]
+    chats = [prompt.messages for prompt in read_prompts(path, PromptsConfig(train=path, heldout=path))]
     tokenizer = load_tokenizer(folder, trust_remote_code=False)
     try:
         return tokenizer.chat_ids(chats)

@@ -94,8 +94,11 @@ class SentencePieceTokenizer:
         add_generation_prompt: bool = False,
         tokenize: bool = True,
         return_dict: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        **settings: Any,
     ) -> Any:
-        """One chat or several as text or, with `tokenize`, as token ids. No BOS but the template's own.
+        """One chat or several as text or, with `tokenize`, as token ids. No BOS but the template's own. `settings`:
+        further variables of the template.
 
         Raises:
             ValueError: the tokenizer has no chat template.
@@ -113,7 +116,8 @@ class SentencePieceTokenizer:
             conversations=conversation if several else [conversation],
             chat_template=self.chat_template,
             add_generation_prompt=add_generation_prompt,
-            **self.named,
+            tools=tools,
+            **self.named | settings,
         )
         chats = [self.encode(text, add_special_tokens=False) for text in rendered] if tokenize else rendered
         return chats if several else chats[0]

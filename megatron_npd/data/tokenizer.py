@@ -65,13 +65,63 @@ class Tokenizer:
         server the student may run behind: a student must see the same ids in training as in use, and earlier turns
         may well hold such tokens (thoughts, tool calls). `quoted_control_token` finds them, so that preflight can warn.
         """
-        framed = self.encoder.apply_chat_template(
-            chats, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False
+        return self.framed_ids(self.chat_texts(chats, add_generation_prompt))
+
+    def chat_texts(
+        self,
+        chats: list[Messages],
+        add_generation_prompt: bool = True,
+        tools: list[dict[str, Any]] | None = None,
+        **settings: Any,
+    ) -> list[str]:
+        """Chats as the chat template writes them; raises whatever it raises. `settings`: see `template_settings`."""
+        return self.encoder.apply_chat_template(
+            chats, add_generation_prompt=add_generation_prompt, tokenize=False, tools=tools, **settings
         )
-        bos = self.bos_token_id
+
+    def framed_ids(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of what `chat_texts` gave, BOS before them where the model wants one."""
+        framed, bos = self.text_ids(texts), self.bos_token_id
         if self.bos_before_chat and bos is not None:
             framed = [ids if ids[:1] == [bos] else [bos, *ids] for ids in framed]
         return framed
+
+    def text_ids(self, texts: list[str], add_special_tokens: bool = False) -> list[list[int]]:
+        """Token ids of texts; `add_special_tokens`: with what the tokenizer puts around a plain text."""
+        if isinstance(self.encoder, SentencePieceTokenizer):
+            return [self.encoder.encode(text, add_special_tokens) for text in texts]
+        encoded = self.encoder(
+            texts, add_special_tokens=add_special_tokens, return_attention_mask=False, return_token_type_ids=False
+        )
+        return encoded["input_ids"]
+
+    def texts(self, sequences: list[list[int]]) -> list[str]:
+        """The texts of token ids, control tokens spelled out, nothing tidied up."""
+        if backend := getattr(self.encoder, "backend_tokenizer", None):
+            return backend.decode_batch(sequences, skip_special_tokens=False)
+        return [self.decode(ids) for ids in sequences]
+
+    def turn_end_ids(self) -> list[int]:
+        return []
+
+    def spaced(self, text: str) -> str:
+        """A text with every control token apart from the words around it."""
+        return self._control_pattern.sub(lambda found: f" {found.group()} ", text)
+
+    @cached_property
+    def template_settings(self) -> frozenset[str] | None:
+        """Names of the variables that the chat template reads; None: it cannot be told."""
+        import jinja2
+        import jinja2.meta
+        from jinja2.ext import loopcontrols
+
+        # transformers' own tag, which marks what an assistant said and changes nothing.
+        template = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", self.chat_template or "")
+        try:
+            tree = jinja2.Environment(extensions=[loopcontrols]).parse(template)  # noqa: S701: parsed, not rendered
+        except jinja2.TemplateError:
+            return None
+        return frozenset(jinja2.meta.find_undeclared_variables(tree))
 
     def quoted_control_token(self, messages: Messages) -> str | None:
         """The first control token's text that a user's or system's own words hold, None if there is none."""

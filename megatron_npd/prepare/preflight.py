@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_npd.config import Config
+from megatron_npd.data.prompts import HELDOUT, TRAIN
 from megatron_npd.errors import UserError
 from megatron_npd.models.hf_checkpoint import Checkpoint, check_checkpoint
 from megatron_npd.prepare.shared_tokenizer import shared_tokenizer
@@ -50,15 +51,21 @@ def preflight(config: Config, with_weights: bool = True) -> Inputs:
             teacher.dims.vocab_size,
             student.dims.vocab_size,
         )
+    if config.prompts.format == "chat" and not tokenizer.chat_template:
+        raise UserError(
+            f"{student}: its tokenizer has no chat template; prompts cannot be framed without one (prompts.format = "
+            "'text' takes them as plain text)"
+        )
     unconditional_prefix(tokenizer, config.selection.unconditional_prefix)
     prompts = config.prompts
-    train, heldout = tokenised_splits(tokenizer, prompts.train, prompts.heldout, prompts.max_prompt_tokens)
+    splits = tokenised_splits(config, tokenizer)
+    train, heldout = splits[TRAIN], splits[HELDOUT]
     for key, wanted in (
         ("rounds.prompts_per_round", config.rounds.prompts_per_round),
         ("warmup.prompts", config.warmup.prompts),
     ):
-        if wanted > len(train.names):
-            available = f"the {len(train.names)} prompts of {prompts.train}"
+        if wanted > len(train):
+            available = f"the {len(train)} prompts of {prompts.train}"
             raise UserError(f"{key} = {wanted}: must not exceed {available} (0 takes them all)")
     return Inputs(teacher, student, train, heldout)
 

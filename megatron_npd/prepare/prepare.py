@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_npd.config import Config, load_config
-from megatron_npd.data.prompts import HELDOUT, TRAIN, save_prompt_set
+from megatron_npd.data.prompts import HELDOUT, TRAIN
 from megatron_npd.errors import UserError
 from megatron_npd.files import write_atomically, write_json
 from megatron_npd.prepare.dtype import decide_dtype
 from megatron_npd.prepare.preflight import check_models, preflight
 from megatron_npd.prepare.provenance import provenance
+from megatron_npd.prepare.tokenise import uses_responses
 from megatron_npd.run_directory import RunDirectory
 
 UNFINISHED = re.compile(r"prompts|provenance\.json|\..+\.tmp")
@@ -42,8 +43,8 @@ def prepare(config: Config, in_cluster: bool = False) -> RunDirectory:
         inputs = preflight(config)
         config = decide_dtype(config, in_cluster)
         _create(run.root)
-        save_prompt_set(run.prompts(TRAIN), inputs.train.names, inputs.train.token_ids)
-        save_prompt_set(run.prompts(HELDOUT), inputs.heldout.names, inputs.heldout.token_ids)
+        inputs.train.save(run.prompts(TRAIN), with_responses=uses_responses(config))
+        inputs.heldout.save(run.prompts(HELDOUT), with_responses=False)
         write_json(run.provenance, provenance(config))
     # On a resume only what is not part of `Config.identity` can have changed: the roles read it from here.
     text = config.to_toml().encode()
@@ -136,10 +137,10 @@ def _check_same(run: RunDirectory, config: Config) -> None:
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
     """(key, old value, new value) of everything that decides what the run computes and differs."""
     found: list[tuple[str, Any, Any]] = []
-    for name, value in old.items():
-        key = prefix + name
-        if isinstance(value, dict):
-            found += _differences(value, new[name], f"{key}.")
-        elif value != new[name]:
-            found.append((key, value, new[name]))
+    for name in old | new:  # tables of the user's own names may hold different ones
+        key, ours, theirs = prefix + name, old.get(name), new.get(name)
+        if isinstance(ours, dict) and isinstance(theirs, dict):
+            found += _differences(ours, theirs, f"{key}.")
+        elif ours != theirs:
+            found.append((key, ours, theirs))
     return found

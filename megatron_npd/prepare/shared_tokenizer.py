@@ -31,8 +31,6 @@ def shared_tokenizer(teacher: Checkpoint, student: Checkpoint, trust_remote_code
                 f"{teacher} and {student} differ in {rule}: {value} against {other}; distillation needs the same "
                 "(copy the tokenizer files or the generation config of the one into the other)"
             )
-    if not of_student.chat_template:
-        raise UserError(f"{student}: its tokenizer has no chat template; prompts cannot be framed without one")
     ids = max(of_student.vocabulary().values()) + 1
     for checkpoint in (teacher, student):
         if checkpoint.dims.vocab_size < ids:

@@ -1,94 +1,421 @@
-"""Prompts, tokenised and checked before anything starts: none refused by the chat template, none too long."""
+"""Prompts, tokenised and checked before anything starts: streamed, in parallel, once.
+
+Rows are read in batches; each becomes a part (`prepare.prompt_parts`), made by a process of its own where there are
+many, and kept in the user's cache under a name that stands for all it depends on: content, tokenizer, configuration,
+our code. So `npd check` and `npd prepare` tokenise once, and an interrupted command goes on where it was.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import logging
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
 
-from megatron_npd.data.prompts import read_chats
-from megatron_npd.data.tokenizer import Messages, Tokenizer
-from megatron_npd.errors import UserError
+import numpy as np
+
+from megatron_npd import data, models
+from megatron_npd.cache import CACHE_VARIABLE, cache_folder
+from megatron_npd.config import Config
+from megatron_npd.data.framing import Framer, Notes
+from megatron_npd.data.prompt_rows import RowReader
+from megatron_npd.data.prompts import HELDOUT, SPLITS, TRAIN, PromptPart, part_rows, write_prompt_set
+from megatron_npd.data.rows import RowBatch, Rows, open_rows, place_of
+from megatron_npd.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_npd.errors import UserError, storage_reason
+from megatron_npd.files import read_json, write_json
+from megatron_npd.hardware.host import cores
+from megatron_npd.models.hf_config import eos_token_ids
+from megatron_npd.prepare import prompt_parts
+from megatron_npd.prepare.fingerprints import fingerprint_of_path
+from megatron_npd.prepare.prompt_parts import TokenisedPart, load_part, save_part, tokenise_part
+from megatron_npd.process.parent_death import die_with
 
 logger = logging.getLogger(__name__)
 
-Chat = tuple[str, Messages]
-"""A prompt's id and its messages."""
-
-BATCH = 1000
-"""Prompts tokenised by one call: the tokenizer works through them in parallel."""
+BATCH = 5000
+"""Rows of a part."""
+ALONE = 2
+"""So many parts are made in this process: another takes seconds to start."""
+KEPT_DAYS = 30.0
+"""A cached data set that nobody asked for in so long is removed."""
 
 
 @dataclass(frozen=True)
 class TokenisedPrompts:
-    """A prompt file after the chat template: `token_ids[i]` belongs to the prompt the user named `names[i]`."""
+    """A data set after the chat template, checked; its parts lie in files."""
 
-    names: list[str]
-    token_ids: list[list[int]]
+    path: str
+    kind: str
+    files: list[Path]
+    max_prompt_tokens: int
+    max_response_tokens: int
+    lengths: np.ndarray
+    """int64 [n], tokens of each prompt that is used."""
+    answered: int
+    """Prompts of these that have a given response."""
+    left_out: list[tuple[str, int, int]]
+    """Name, tokens of the prompt and of its given response, of those that are too long."""
+    notes: Notes
+
+    def __len__(self) -> int:
+        return len(self.lengths)
 
     def __str__(self) -> str:
-        lengths = [len(ids) for ids in self.token_ids]
-        return f"{len(lengths)} prompts, {sum(lengths)} tokens, the longest {max(lengths)}"
+        given = f", {self.answered:,} with a given response" if self.answered else ""
+        out = f"; {len(self.left_out):,} too long, left out" if self.left_out else ""
+        return f"{len(self)} prompts, {self.lengths.sum()} tokens, the longest {self.lengths.max()}{given}{out}"
+
+    def parts(self) -> Iterator[TokenisedPart]:
+        """What there is, part by part, prompts that are left out included."""
+        return map(load_part, self.files)
+
+    def save(self, folder: Path, with_responses: bool) -> None:
+        """Write the prompt set of a run; `with_responses`: given responses as well."""
+        write_prompt_set(folder, (self._used(part.prompts, with_responses) for part in self.parts()))
+        if self.left_out:
+            columns = ("id", "prompt_tokens", "response_tokens")
+            rows = [dict(zip(columns, row, strict=True)) for row in self.left_out]
+            write_json(folder / "left_out.json", rows)
+
+    def _used(self, part: PromptPart, with_responses: bool) -> PromptPart:
+        used = part_rows(part, ~_too_long(part, self.max_prompt_tokens, self.max_response_tokens))
+        if with_responses:
+            return used
+        nothing = np.zeros(0, np.int32), np.zeros(len(used.names), np.int64)
+        return PromptPart(used.names, used.ids, used.lengths, *nothing, used.framing, used.framings)
 
 
-def tokenised_splits(
-    tokenizer: Tokenizer, train: str, heldout: str, limit: int
-) -> tuple[TokenisedPrompts, TokenisedPrompts]:
-    """Read and tokenise the training and the held-out prompts; `limit` is prompts.max_prompt_tokens.
+def uses_responses(config: Config) -> bool:
+    """Whether given responses of the training prompts are trained on."""
+    return False
+
+
+def tokenised_splits(config: Config, tokenizer: Tokenizer) -> dict[str, TokenisedPrompts]:
+    """Read and tokenise the training and the held-out prompts of a run; says what is worth saying about them.
 
     Raises:
-        UserError: a broken file or line, a prompt the chat template refuses or that is longer than `limit` tokens,
-            or one that is in both files.
+        UserError: a broken file or row, a prompt the chat template refuses or that is too long, an id that comes twice,
+            or a prompt that is in both sets.
     """
-    train_chats, heldout_chats = read_chats(train), read_chats(heldout)
-    seen = {_text(messages): name for name, messages in train_chats}
-    for name, messages in heldout_chats:
-        if _text(messages) in seen:
-            raise UserError(
-                f"{heldout}: prompt {name!r} has the text of prompt {seen[_text(messages)]!r} in {train}; held-out "
-                "prompts must not be trained on"
-            )
-    return _tokenise(tokenizer, train, train_chats, limit), _tokenise(tokenizer, heldout, heldout_chats, limit)
+    with _store() as store:
+        splits = {split: _tokenised(config, split, tokenizer, store) for split in SPLITS}
+        _compare(splits[TRAIN], splits[HELDOUT])
+    for prompts in splits.values():
+        for line in prompts.notes.lines():
+            logger.warning("%s: %s", prompts.path, line)
+    return splits
 
 
-def _tokenise(tokenizer: Tokenizer, path: str, chats: list[Chat], limit: int) -> TokenisedPrompts:
-    _warn_of_control_tokens(tokenizer, path, chats)
-    token_ids = [ids for batch in _batches(chats) for ids in _apply_template(tokenizer, path, batch)]
-    names = [name for name, _ in chats]
-    too_long = [(name, len(ids)) for name, ids in zip(names, token_ids, strict=True) if len(ids) > limit]
-    if too_long:
-        name, length = too_long[0]
-        more = f" ({len(too_long)} such prompts, the longest {max(n for _, n in too_long)})" if too_long[1:] else ""
-        raise UserError(
-            f"{path}: prompt {name!r} has {length} tokens; must not exceed prompts.max_prompt_tokens = {limit}{more}"
-        )
-    return TokenisedPrompts(names, token_ids)
+def _tokenised(config: Config, split: str, tokenizer: Tokenizer, store: Path) -> TokenisedPrompts:
+    path = getattr(config.prompts, split)
+    rows = open_rows(path, trust_code=config.models.trust_remote_code)
+    work = _Work.of(config, path, rows)
+    folder = store / work.key
+    folder.mkdir(parents=True, exist_ok=True)
+    os.utime(folder)
+    files = _make_parts(work, rows, folder, tokenizer)
+    return _looked_through(config, path, rows.kind, files, with_responses=split == TRAIN and uses_responses(config))
 
 
-def _warn_of_control_tokens(tokenizer: Tokenizer, path: str, chats: list[Chat]) -> None:
-    """Say where a prompt's own words hold the text of a control token: it becomes one (see `Tokenizer.chat_ids`)."""
-    quoting = [(name, token) for name, chat in chats if (token := tokenizer.quoted_control_token(chat)) is not None]
-    if quoting:
-        logger.warning(
-            "%s: %d prompts hold the text of a control token, which acts as one there as everywhere; the first is %r "
-            "with %s", path, len(quoting), *quoting[0],
-        )  # fmt: skip
+@dataclass(frozen=True)
+class _Work:
+    """All that the parts of a data set depend on; crosses to other processes."""
+
+    config: Config
+    path: str
+    kind: str
+    columns: list[str] | None
+    key: str
+
+    @classmethod
+    def of(cls, config: Config, path: str, rows: Rows) -> _Work:
+        framing = config.prompts.model_dump(exclude={"train", "heldout", "max_prompt_tokens", "too_long"})
+        student = Path(config.models.student)
+        depends_on = {
+            "content": getattr(rows, "fingerprint", None) or fingerprint_of_path(Path(path)),
+            "named": path,
+            "prompts": framing,
+            "tokenizer": [_hash_of_tokenizer(student), config.models.trust_remote_code, eos_token_ids(student)],
+            "code": _hash_of_code(),
+            "batch": BATCH,
+        }
+        key = hashlib.sha256(json.dumps(depends_on, sort_keys=True, default=str).encode()).hexdigest()[:32]
+        return cls(config, path, rows.kind, rows.columns, key)
+
+    def tools(self, tokenizer: Tokenizer) -> tuple[RowReader, Framer]:
+        """What makes parts."""
+        reader = RowReader(self.path, self.kind, self.columns, self.config.prompts)
+        return reader, Framer(tokenizer, self.config.prompts.format, eos_token_ids(self.config.models.student))
 
 
-def _apply_template(tokenizer: Tokenizer, path: str, chats: list[Chat]) -> list[list[int]]:
+def _make_parts(work: _Work, rows: Rows, folder: Path, tokenizer: Tokenizer) -> list[Path]:
+    """The files of all parts; those that are there already are not made again."""
+    done = folder / "done.json"
+    if done.is_file():
+        files = [folder / name for name in read_json(done)]
+        if all(file.is_file() for file in files):
+            return files
+    batches = enumerate(rows.batches(BATCH))
+    first = list(islice(batches, ALONE + 1))
+    reader, framer = work.tools(tokenizer)
+    files = []
+    bar = _Bar(work.path, counts=len(first) > ALONE)
+    if len(first) <= ALONE:
+        for number, batch in first:
+            files.append(_part_file(folder, number))
+            if not files[-1].is_file():
+                save_part(files[-1], tokenise_part(work.path, work.kind, batch, reader, framer))
+    else:
+        for file, count in _in_parallel(work, chain(first, batches), folder):
+            files.append(file)
+            bar.add(count)
+    bar.close()
+    write_json(done, [file.name for file in files])
+    return files
+
+
+def _in_parallel(work: _Work, batches: Iterator[tuple[int, RowBatch]], folder: Path) -> Iterator[tuple[Path, int]]:
+    """Parts in order, made by as many processes as there are cores: file, and its rows."""
+    processes = cores()
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context, _begin_worker, (work, os.getpid())) as pool:
+        under_way: deque[tuple[Path, int, Future[str | None] | None]] = deque()
+
+        def finish() -> tuple[Path, int]:
+            file, count, future = under_way.popleft()
+            if future and (fault := future.result()):
+                raise UserError(fault)
+            return file, count
+
+        try:
+            for number, batch in batches:
+                file = _part_file(folder, number)
+                future = None if file.is_file() else pool.submit(_work_on, batch, file)
+                under_way.append((file, len(batch), future))
+                if len(under_way) > 2 * processes:
+                    yield finish()
+            while under_way:
+                yield finish()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+_worker: tuple[_Work, RowReader, Framer] | None = None
+"""In a worker: what it makes parts with."""
+
+
+def _begin_worker(work: _Work, parent: int) -> None:
+    global _worker  # a process pool has no other place for what its processes keep
+    die_with(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the parent ends the pool
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each has a core
+    models_ = work.config.models
+    tokenizer = load_tokenizer(Path(models_.student), trust_remote_code=models_.trust_remote_code)
+    _worker = (work, *work.tools(tokenizer))
+
+
+def _work_on(batch: RowBatch, file: Path) -> str | None:
+    """Make a part; what is wrong with a row of it, if something is."""
+    assert _worker is not None
+    work, reader, framer = _worker
     try:
-        return tokenizer.chat_ids([messages for _, messages in chats])
-    except Exception as error:  # a template may raise anything; find the prompt it refuses
-        if len(chats) == 1:
-            raise UserError(f"{path}: prompt {chats[0][0]!r}: the chat template refuses it: {error}") from None
-        return [ids for chat in chats for ids in _apply_template(tokenizer, path, [chat])]
+        save_part(file, tokenise_part(work.path, work.kind, batch, reader, framer))
+    except UserError as error:
+        return str(error)
+    return None
 
 
-def _batches(chats: list[Chat]) -> Iterator[list[Chat]]:
-    for start in range(0, len(chats), BATCH):
-        yield chats[start : start + BATCH]
+def _looked_through(config: Config, path: str, kind: str, files: list[Path], with_responses: bool) -> TokenisedPrompts:
+    """Check what concerns all prompts of a data set together."""
+    limits = config.prompts.max_prompt_tokens, config.rollout.max_new_tokens if with_responses else sys.maxsize
+    notes, lengths, answered = Notes(), [], 0
+    left_out: list[tuple[str, int, int]] = []
+    seen: dict[str, int] = {}
+    for part in map(load_part, files):
+        prompts = part.prompts
+        _check_names(path, kind, prompts.names, part.numbers, seen)
+        out = _too_long(prompts, *limits)
+        for row in np.flatnonzero(out).tolist():
+            left_out.append((prompts.names[row], int(prompts.lengths[row]), int(prompts.response_lengths[row])))
+        lengths.append(prompts.lengths[~out])
+        answered += int(np.count_nonzero(prompts.response_lengths[~out]))
+        notes.merge(part.notes)
+    if not seen:
+        raise UserError(f"{path}: no prompts; must hold at least one")
+    _judge_length(config, path, left_out, len(seen), limits, notes)
+    if answered and not with_responses:
+        notes.add("have a given response, which nothing uses (warmup.source, rounds.given_share)", f"{path}", answered)
+    return TokenisedPrompts(path, kind, files, *limits, np.concatenate(lengths), answered, left_out, notes)
 
 
-def _text(messages: Messages) -> str:
-    return json.dumps([(message["role"], message["content"]) for message in messages])
+def _too_long(part: PromptPart, max_prompt_tokens: int, max_response_tokens: int) -> np.ndarray:
+    """bool [n]: prompts of more tokens than are allowed, or with such a response."""
+    return (part.lengths > max_prompt_tokens) | (part.response_lengths > max_response_tokens)
+
+
+def _judge_length(
+    config: Config, path: str, left_out: list[tuple[str, int, int]], count: int, limits: tuple[int, int], notes: Notes
+) -> None:
+    if not left_out:
+        return
+    name, prompt, response = left_out[0]
+    over = prompt > limits[0]
+    what, tokens = ("", prompt) if over else ("'s given response", response)
+    rule = f"prompts.max_prompt_tokens = {limits[0]}" if over else f"rollout.max_new_tokens = {limits[1]}"
+    if config.prompts.too_long == "refuse":
+        longest = max(row[1] if over else row[2] for row in left_out)
+        more = f" ({len(left_out)} such prompts, the longest {longest})" if left_out[1:] else ""
+        raise UserError(
+            f"{path}: prompt {name!r}{what} has {tokens} tokens; must not exceed {rule}{more}; prompts.too_long = "
+            "'leave_out' leaves such out"
+        )
+    if len(left_out) == count:
+        raise UserError(f"{path}: all {count} prompts are too long ({rule}); at least one must not be")
+    notes.add(f"are left out, for they are longer than {rule}", f"{name!r} with {tokens} tokens", len(left_out))
+
+
+def _check_names(path: str, kind: str, names: list[str], numbers: np.ndarray, seen: dict[str, int]) -> None:
+    for name, number in zip(names, numbers.tolist(), strict=True):
+        if name in seen:
+            where = place_of(path, kind, number)
+            raise UserError(f"{where}: id {name!r} was already used on {kind} {seen[name]}; ids must be unique")
+        seen[name] = number
+
+
+def _compare(train: TokenisedPrompts, heldout: TokenisedPrompts) -> None:
+    """Held-out prompts must not be trained on; near repetitions are said.
+
+    Raises:
+        UserError: the same prompt is in both sets.
+    """
+    said, meant = ({split: _hashes(p, which) for split, p in ((TRAIN, train), (HELDOUT, heldout))} for which in HASHES)
+    both = np.flatnonzero(np.isin(said[HELDOUT], said[TRAIN]))
+    if len(both):
+        first = int(both[0])
+        other = int(np.flatnonzero(said[TRAIN] == said[HELDOUT][first])[0])
+        more = f" ({len(both)} such prompts)" if len(both) > 1 else ""
+        raise UserError(
+            f"{heldout.path}: prompt {_name(heldout, first)!r} has the text of prompt {_name(train, other)!r} in "
+            f"{train.path}; held-out prompts must not be trained on{more}"
+        )
+    near = np.flatnonzero(np.isin(meant[HELDOUT], meant[TRAIN]))
+    if len(near):
+        what = "differ from a training prompt in case, spaces or a last stop alone"
+        heldout.notes.add(what, repr(_name(heldout, int(near[0]))), len(near))
+    for split, prompts in ((TRAIN, train), (HELDOUT, heldout)):
+        values, first_seen, counts = np.unique(meant[split], return_index=True, return_counts=True)
+        if repeated := len(meant[split]) - len(values):
+            example = int(first_seen[np.argmax(counts)])
+            prompts.notes.add("repeat another of the same set", repr(_name(prompts, example)), repeated)
+
+
+HASHES = ("said", "meant")
+
+
+def _hashes(prompts: TokenisedPrompts, which: str) -> np.ndarray:
+    """Hashes of all prompts of a set, those left out included."""
+    return np.concatenate([getattr(part, which) for part in prompts.parts()])
+
+
+def _name(prompts: TokenisedPrompts, index: int) -> str:
+    """The name of a prompt by its place among all."""
+    for part in prompts.parts():
+        if index < len(part.numbers):
+            return part.prompts.names[index]
+        index -= len(part.numbers)
+    raise IndexError(index)
+
+
+def _part_file(folder: Path, number: int) -> Path:
+    return folder / f"part_{number:06d}.npz"
+
+
+@contextlib.contextmanager
+def _store() -> Iterator[Path]:
+    """Where parts are kept; a folder of this command alone where the user's cache cannot be written."""
+    folder = cache_folder("prompts")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _forget_old(folder)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        logger.warning(
+            "%s: %s: tokenised prompts cannot be kept there, and are made again by each command (%s names another "
+            "folder)", folder, storage_reason(error) or error.strerror, CACHE_VARIABLE,
+        )  # fmt: skip
+        folder = Path(tempfile.mkdtemp(prefix="npd_prompts_"))
+        import atexit
+
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    yield folder
+
+
+def _forget_old(folder: Path) -> None:
+    for entry in folder.iterdir():
+        if time.time() - entry.stat().st_mtime > KEPT_DAYS * 86400:
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def _hash_of_tokenizer(folder: Path) -> str:
+    """Of every file of a checkpoint that may have a say in its token ids: those that are no weights."""
+    names = sorted(p for p in folder.iterdir() if p.is_file() and p.suffix in TOKENIZER_SUFFIXES)
+    digest = hashlib.sha256()
+    for path in names:
+        digest.update(f"{path.name} {path.stat().st_size} ".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+TOKENIZER_SUFFIXES = (".json", ".model", ".jinja", ".txt", ".py")
+
+
+def _hash_of_code() -> str:
+    """Of our own code that turns rows into tokens, and of the libraries that do."""
+    import tokenizers
+    import transformers
+
+    digest = hashlib.sha256(f"{transformers.__version__} {tokenizers.__version__} {np.__version__}".encode())
+    packages = [Path(str(package.__file__)).parent for package in (data, models)]
+    for file in sorted([*chain.from_iterable(p.rglob("*.py") for p in packages), Path(str(prompt_parts.__file__))]):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+class _Bar:
+    """How many rows are done: a bar where a person watches, else a line now and then."""
+
+    SECONDS = 10.0
+
+    def __init__(self, path: str, counts: bool):
+        from tqdm import tqdm
+
+        self._path, self._rows, self._said = path, 0, time.monotonic()
+        live = counts and sys.stderr.isatty()
+        self._bar: Any = tqdm(desc=path, unit=" prompts", unit_scale=True) if live else None
+
+    def add(self, rows: int) -> None:
+        self._rows += rows
+        if self._bar:
+            self._bar.update(rows)
+        elif time.monotonic() - self._said > self.SECONDS:
+            self._said = time.monotonic()
+            logger.info("%s: %d rows tokenised", self._path, self._rows)
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.close()

@@ -19,7 +19,8 @@ from typing import Any
 from megatron_npd.buffer.plan import Stage, make_plan
 from megatron_npd.buffer.shards import CorruptShardError, Shard, read_shard
 from megatron_npd.config import Config, load_config
-from megatron_npd.data.prompts import TRAIN, load_prompt_set, read_chats
+from megatron_npd.data.prompt_rows import read_prompts
+from megatron_npd.data.prompts import TRAIN, load_prompt_set
 from megatron_npd.data.tokenizer import VOCABULARY_FILES, Tokenizer, load_tokenizer
 from megatron_npd.errors import UserError
 from megatron_npd.run_directory import RunDirectory
@@ -135,7 +136,7 @@ class _Prompts:
     """Names and last user turns of a prompt set, read when first asked for; both may be gone."""
 
     def __init__(self, run: RunDirectory, config: Config, split: str):
-        self._folder = run.prompts(split)
+        self._folder, self._config = run.prompts(split), config
         self._source = config.prompts.train if split == TRAIN else config.prompts.heldout
         self._names: list[str] | None = None
         self._turns: dict[str, str] = {}
@@ -155,9 +156,9 @@ class _Prompts:
     def _read(self) -> None:
         try:
             self._names = load_prompt_set(self._folder).names
-            for name, messages in read_chats(self._source):
-                users = [message["content"] for message in messages if message["role"] == "user"]
-                self._turns[name] = users[-1] if users else ""
+            for prompt in read_prompts(self._source, self._config.prompts):
+                users = [message["content"] for message in prompt.messages if message["role"] == "user"]
+                self._turns[prompt.name] = users[-1] if users else prompt.text
         except (OSError, UserError) as error:
             logger.warning("prompts are shown as decoded tokens: %s", error)
             self._names = self._names or []
