@@ -115,6 +115,23 @@ def _check_devices(config: Config) -> int:
     return 0 if good else 1
 
 
+def _prompts(arguments: Arguments) -> None:
+    from megatron_npd.prepare.prompt_report import report_on_config, report_on_file
+
+    if arguments.file.endswith(".toml"):
+        if arguments.tokenizer:
+            raise UserError(f"--tokenizer {arguments.tokenizer}: must be left out with a configuration, which names it")
+        lines = report_on_config(_load(argparse.Namespace(config=arguments.file, set=arguments.set)), arguments.show)
+    elif arguments.tokenizer:
+        lines = report_on_file(arguments.file, Path(arguments.tokenizer), arguments.set, arguments.show)
+    else:
+        raise UserError(
+            f"{arguments.file}: needs --tokenizer FOLDER, or must be a configuration (.toml) that names one"
+        )
+    for line in lines:
+        print(line)
+
+
 def _prepare(arguments: Arguments) -> None:
     from megatron_npd.prepare.dtype import describe_dtype
     from megatron_npd.prepare.prepare import as_prepared, prepare
@@ -273,7 +290,7 @@ def _parser() -> argparse.ArgumentParser:
     ):
         commands.add_parser(name, help=text, description=text, parents=[configured]).set_defaults(command=command)
 
-    text = "find what would keep a run from working and say what it takes, without loading a model or writing a file"
+    text = "find what would keep a run from working and say what it takes, without loading a model or touching the run"
     check = commands.add_parser("check", help=text, description=text, parents=[configured])
     check.add_argument(
         "--without-weights",
@@ -287,6 +304,16 @@ def _parser() -> argparse.ArgumentParser:
         "--devices", action="store_true", help="instead: try this node's GPUs and what is installed for them; seconds"
     )
     check.set_defaults(command=_check)
+
+    text = "show how prompts are framed, token by token, and what is lost on the way, before anything runs"
+    prompts = commands.add_parser("prompts", help=text, description=text)
+    prompts.add_argument("file", metavar="FILE", help="a run's TOML file, or a data set as prompts.train takes it")
+    prompts.add_argument("--tokenizer", metavar="FOLDER", help="checkpoint folder; for a data set")
+    prompts.add_argument("--show", type=int, default=2, metavar="N", help="prompts shown of each way of framing (2)")
+    prompts.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. --set prompts.columns.prompt=question"
+    )
+    prompts.set_defaults(command=_prompts)
 
     of_role = argparse.ArgumentParser(add_help=False, parents=[configured])
     of_role.add_argument(

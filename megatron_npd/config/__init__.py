@@ -1,7 +1,15 @@
 """The configuration of a run: its tables and keys, with their defaults and rules. Imported from here."""
 
-from megatron_npd.config.prompts import ColumnsConfig, PromptsConfig
-from megatron_npd.config.run import Config, LaunchConfig, RolloutConfig, SelectionConfig, TrainingConfig, load_config
+from megatron_npd.config.inputs import ColumnsConfig, PromptsConfig
+from megatron_npd.config.run import (
+    Config,
+    LaunchConfig,
+    RolloutConfig,
+    SelectionConfig,
+    TrainingConfig,
+    load_config,
+    make_config,
+)
 from megatron_npd.config.section import Section
 from megatron_npd.config.slurm import SlurmConfig, SlurmRoleConfig
 
@@ -17,4 +25,5 @@ __all__ = [
     "SlurmRoleConfig",
     "TrainingConfig",
     "load_config",
+    "make_config",
 ]

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import tomli_w
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from megatron_npd.config.prompts import PromptsConfig
+from megatron_npd.config.inputs import PromptsConfig
 from megatron_npd.config.section import Section
 from megatron_npd.config.slurm import SlurmConfig
 from megatron_npd.errors import UserError
@@ -364,12 +364,17 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise UserError(f"{path}: cannot read the configuration: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid TOML: {error}") from None
+    return make_config(raw, overrides, str(path))
+
+
+def make_config(raw: dict[str, Any], overrides: list[str] | None, where: str) -> Config:
+    """`load_config` of the content of a file; `where` names it in messages."""
     for override in overrides or []:
         _apply_override(raw, override)
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        raise UserError(f"{path}: {_one_line(error)}") from None
+        raise UserError(f"{where}: {_one_line(error)}") from None
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:

@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import Any
 
 from megatron_npd.config import PromptsConfig
-from megatron_npd.config.prompts import RESERVED
+from megatron_npd.config.inputs import RESERVED
 from megatron_npd.data.rows import Row, Rows, open_rows, place_of
 from megatron_npd.errors import UserError
 
@@ -109,7 +109,8 @@ class RowReader:
             return said if isinstance(said, str) else _chat(columns.prompt, said)
         there = ", ".join(row) or "nothing"
         raise _RowError(
-            f'must have a list "{columns.messages}", or a text "{columns.prompt}"; has {there} (prompts.columns maps names)'
+            f'must have a list "{columns.messages}", or a text "{columns.prompt}", as prompts.columns maps names; has '
+            f"{there}"
         )
 
     def _given_response(self, row: Row) -> Message | None:

@@ -10,8 +10,9 @@ from megatron_npd.config import Config
 from megatron_npd.data.prompts import HELDOUT, TRAIN
 from megatron_npd.errors import UserError
 from megatron_npd.models.hf_checkpoint import Checkpoint, check_checkpoint
+from megatron_npd.prepare.prompt_checks import checked_splits
 from megatron_npd.prepare.shared_tokenizer import shared_tokenizer
-from megatron_npd.prepare.tokenise import TokenisedPrompts, tokenised_splits
+from megatron_npd.prepare.tokenise import TokenisedPrompts
 from megatron_npd.teacher.prefix import unconditional_prefix
 
 logger = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ def preflight(config: Config, with_weights: bool = True) -> Inputs:
         )
     unconditional_prefix(tokenizer, config.selection.unconditional_prefix)
     prompts = config.prompts
-    splits = tokenised_splits(config, tokenizer)
+    splits = checked_splits(config, tokenizer, student.eos_ids)
     train, heldout = splits[TRAIN], splits[HELDOUT]
     for key, wanted in (
         ("rounds.prompts_per_round", config.rounds.prompts_per_round),

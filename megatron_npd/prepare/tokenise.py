@@ -7,7 +7,8 @@ our code. So `npd check` and `npd prepare` tokenise once, and an interrupted com
 
 from __future__ import annotations
 
-import contextlib
+import atexit
+import functools
 import hashlib
 import json
 import logging
@@ -24,7 +25,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -33,13 +34,12 @@ from megatron_npd.cache import CACHE_VARIABLE, cache_folder
 from megatron_npd.config import Config
 from megatron_npd.data.framing import Framer, Notes
 from megatron_npd.data.prompt_rows import RowReader
-from megatron_npd.data.prompts import HELDOUT, SPLITS, TRAIN, PromptPart, part_rows, write_prompt_set
+from megatron_npd.data.prompts import TRAIN, PromptPart, part_rows, write_prompt_set
 from megatron_npd.data.rows import RowBatch, Rows, open_rows, place_of
 from megatron_npd.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_npd.errors import UserError, storage_reason
 from megatron_npd.files import read_json, write_json
 from megatron_npd.hardware.host import cores
-from megatron_npd.models.hf_config import eos_token_ids
 from megatron_npd.prepare import prompt_parts
 from megatron_npd.prepare.fingerprints import fingerprint_of_path
 from megatron_npd.prepare.prompt_parts import TokenisedPart, load_part, save_part, tokenise_part
@@ -55,6 +55,14 @@ KEPT_DAYS = 30.0
 """A cached data set that nobody asked for in so long is removed."""
 
 
+class TooLong(NamedTuple):
+    """A prompt of more tokens than are allowed, or with such a given response."""
+
+    id: str
+    prompt_tokens: int
+    response_tokens: int
+
+
 @dataclass(frozen=True)
 class TokenisedPrompts:
     """A data set after the chat template, checked; its parts lie in files."""
@@ -68,8 +76,8 @@ class TokenisedPrompts:
     """int64 [n], tokens of each prompt that is used."""
     answered: int
     """Prompts of these that have a given response."""
-    left_out: list[tuple[str, int, int]]
-    """Name, tokens of the prompt and of its given response, of those that are too long."""
+    too_long: list[TooLong]
+    """Those that are left out, or because of which nothing starts."""
     notes: Notes
 
     def __len__(self) -> int:
@@ -77,7 +85,7 @@ class TokenisedPrompts:
 
     def __str__(self) -> str:
         given = f", {self.answered:,} with a given response" if self.answered else ""
-        out = f"; {len(self.left_out):,} too long, left out" if self.left_out else ""
+        out = f"; {len(self.too_long):,} too long, left out" if self.too_long else ""
         return f"{len(self)} prompts, {self.lengths.sum()} tokens, the longest {self.lengths.max()}{given}{out}"
 
     def parts(self) -> Iterator[TokenisedPart]:
@@ -87,10 +95,8 @@ class TokenisedPrompts:
     def save(self, folder: Path, with_responses: bool) -> None:
         """Write the prompt set of a run; `with_responses`: given responses as well."""
         write_prompt_set(folder, (self._used(part.prompts, with_responses) for part in self.parts()))
-        if self.left_out:
-            columns = ("id", "prompt_tokens", "response_tokens")
-            rows = [dict(zip(columns, row, strict=True)) for row in self.left_out]
-            write_json(folder / "left_out.json", rows)
+        if self.too_long:
+            write_json(folder / "left_out.json", [one._asdict() for one in self.too_long])
 
     def _used(self, part: PromptPart, with_responses: bool) -> PromptPart:
         used = part_rows(part, ~_too_long(part, self.max_prompt_tokens, self.max_response_tokens))
@@ -100,36 +106,30 @@ class TokenisedPrompts:
         return PromptPart(used.names, used.ids, used.lengths, *nothing, used.framing, used.framings)
 
 
-def uses_responses(config: Config) -> bool:
-    """Whether given responses of the training prompts are trained on."""
-    return False
+def tokenised(config: Config, split: str, tokenizer: Tokenizer, end_ids: list[int]) -> TokenisedPrompts:
+    """Read and tokenise the training or the held-out prompts of a run.
 
-
-def tokenised_splits(config: Config, tokenizer: Tokenizer) -> dict[str, TokenisedPrompts]:
-    """Read and tokenise the training and the held-out prompts of a run; says what is worth saying about them.
+    Args:
+        tokenizer: the student's.
+        end_ids: tokens that end a response.
 
     Raises:
-        UserError: a broken file or row, a prompt the chat template refuses or that is too long, an id that comes twice,
-            or a prompt that is in both sets.
+        UserError: a broken file or row, no row at all, an id that comes twice, or a prompt the chat template refuses.
     """
-    with _store() as store:
-        splits = {split: _tokenised(config, split, tokenizer, store) for split in SPLITS}
-        _compare(splits[TRAIN], splits[HELDOUT])
-    for prompts in splits.values():
-        for line in prompts.notes.lines():
-            logger.warning("%s: %s", prompts.path, line)
-    return splits
-
-
-def _tokenised(config: Config, split: str, tokenizer: Tokenizer, store: Path) -> TokenisedPrompts:
     path = getattr(config.prompts, split)
     rows = open_rows(path, trust_code=config.models.trust_remote_code)
-    work = _Work.of(config, path, rows)
-    folder = store / work.key
+    work = _Work.of(config, path, rows, end_ids)
+    folder = _store() / work.key
     folder.mkdir(parents=True, exist_ok=True)
     os.utime(folder)
     files = _make_parts(work, rows, folder, tokenizer)
-    return _looked_through(config, path, rows.kind, files, with_responses=split == TRAIN and uses_responses(config))
+    limit = config.rollout.max_new_tokens if split == TRAIN and uses_responses(config) else sys.maxsize
+    return _looked_through(path, rows.kind, files, config.prompts.max_prompt_tokens, limit)
+
+
+def uses_responses(config: Config) -> bool:
+    """Whether given responses of the training prompts are trained on."""
+    return False
 
 
 @dataclass(frozen=True)
@@ -140,27 +140,28 @@ class _Work:
     path: str
     kind: str
     columns: list[str] | None
+    end_ids: list[int]
     key: str
 
     @classmethod
-    def of(cls, config: Config, path: str, rows: Rows) -> _Work:
+    def of(cls, config: Config, path: str, rows: Rows, end_ids: list[int]) -> _Work:
         framing = config.prompts.model_dump(exclude={"train", "heldout", "max_prompt_tokens", "too_long"})
         student = Path(config.models.student)
         depends_on = {
             "content": getattr(rows, "fingerprint", None) or fingerprint_of_path(Path(path)),
             "named": path,
             "prompts": framing,
-            "tokenizer": [_hash_of_tokenizer(student), config.models.trust_remote_code, eos_token_ids(student)],
+            "tokenizer": [_hash_of_tokenizer(student), config.models.trust_remote_code, end_ids],
             "code": _hash_of_code(),
             "batch": BATCH,
         }
         key = hashlib.sha256(json.dumps(depends_on, sort_keys=True, default=str).encode()).hexdigest()[:32]
-        return cls(config, path, rows.kind, rows.columns, key)
+        return cls(config, path, rows.kind, rows.columns, end_ids, key)
 
     def tools(self, tokenizer: Tokenizer) -> tuple[RowReader, Framer]:
         """What makes parts."""
         reader = RowReader(self.path, self.kind, self.columns, self.config.prompts)
-        return reader, Framer(tokenizer, self.config.prompts.format, eos_token_ids(self.config.models.student))
+        return reader, Framer(tokenizer, self.config.prompts.format, self.end_ids)
 
 
 def _make_parts(work: _Work, rows: Rows, folder: Path, tokenizer: Tokenizer) -> list[Path]:
@@ -240,53 +241,33 @@ def _work_on(batch: RowBatch, file: Path) -> str | None:
     return None
 
 
-def _looked_through(config: Config, path: str, kind: str, files: list[Path], with_responses: bool) -> TokenisedPrompts:
-    """Check what concerns all prompts of a data set together."""
-    limits = config.prompts.max_prompt_tokens, config.rollout.max_new_tokens if with_responses else sys.maxsize
+def _looked_through(
+    path: str, kind: str, files: list[Path], max_prompt_tokens: int, max_response_tokens: int
+) -> TokenisedPrompts:
+    """What a data set holds as a whole."""
     notes, lengths, answered = Notes(), [], 0
-    left_out: list[tuple[str, int, int]] = []
+    too_long: list[TooLong] = []
     seen: dict[str, int] = {}
     for part in map(load_part, files):
         prompts = part.prompts
         _check_names(path, kind, prompts.names, part.numbers, seen)
-        out = _too_long(prompts, *limits)
+        out = _too_long(prompts, max_prompt_tokens, max_response_tokens)
         for row in np.flatnonzero(out).tolist():
-            left_out.append((prompts.names[row], int(prompts.lengths[row]), int(prompts.response_lengths[row])))
+            too_long.append(
+                TooLong(prompts.names[row], *(int(x[row]) for x in (prompts.lengths, prompts.response_lengths)))
+            )
         lengths.append(prompts.lengths[~out])
         answered += int(np.count_nonzero(prompts.response_lengths[~out]))
         notes.merge(part.notes)
     if not seen:
         raise UserError(f"{path}: no prompts; must hold at least one")
-    _judge_length(config, path, left_out, len(seen), limits, notes)
-    if answered and not with_responses:
-        notes.add("have a given response, which nothing uses (warmup.source, rounds.given_share)", f"{path}", answered)
-    return TokenisedPrompts(path, kind, files, *limits, np.concatenate(lengths), answered, left_out, notes)
+    used = np.concatenate(lengths)
+    return TokenisedPrompts(path, kind, files, max_prompt_tokens, max_response_tokens, used, answered, too_long, notes)
 
 
 def _too_long(part: PromptPart, max_prompt_tokens: int, max_response_tokens: int) -> np.ndarray:
     """bool [n]: prompts of more tokens than are allowed, or with such a response."""
     return (part.lengths > max_prompt_tokens) | (part.response_lengths > max_response_tokens)
-
-
-def _judge_length(
-    config: Config, path: str, left_out: list[tuple[str, int, int]], count: int, limits: tuple[int, int], notes: Notes
-) -> None:
-    if not left_out:
-        return
-    name, prompt, response = left_out[0]
-    over = prompt > limits[0]
-    what, tokens = ("", prompt) if over else ("'s given response", response)
-    rule = f"prompts.max_prompt_tokens = {limits[0]}" if over else f"rollout.max_new_tokens = {limits[1]}"
-    if config.prompts.too_long == "refuse":
-        longest = max(row[1] if over else row[2] for row in left_out)
-        more = f" ({len(left_out)} such prompts, the longest {longest})" if left_out[1:] else ""
-        raise UserError(
-            f"{path}: prompt {name!r}{what} has {tokens} tokens; must not exceed {rule}{more}; prompts.too_long = "
-            "'leave_out' leaves such out"
-        )
-    if len(left_out) == count:
-        raise UserError(f"{path}: all {count} prompts are too long ({rule}); at least one must not be")
-    notes.add(f"are left out, for they are longer than {rule}", f"{name!r} with {tokens} tokens", len(left_out))
 
 
 def _check_names(path: str, kind: str, names: list[str], numbers: np.ndarray, seen: dict[str, int]) -> None:
@@ -297,73 +278,27 @@ def _check_names(path: str, kind: str, names: list[str], numbers: np.ndarray, se
         seen[name] = number
 
 
-def _compare(train: TokenisedPrompts, heldout: TokenisedPrompts) -> None:
-    """Held-out prompts must not be trained on; near repetitions are said.
-
-    Raises:
-        UserError: the same prompt is in both sets.
-    """
-    said, meant = ({split: _hashes(p, which) for split, p in ((TRAIN, train), (HELDOUT, heldout))} for which in HASHES)
-    both = np.flatnonzero(np.isin(said[HELDOUT], said[TRAIN]))
-    if len(both):
-        first = int(both[0])
-        other = int(np.flatnonzero(said[TRAIN] == said[HELDOUT][first])[0])
-        more = f" ({len(both)} such prompts)" if len(both) > 1 else ""
-        raise UserError(
-            f"{heldout.path}: prompt {_name(heldout, first)!r} has the text of prompt {_name(train, other)!r} in "
-            f"{train.path}; held-out prompts must not be trained on{more}"
-        )
-    near = np.flatnonzero(np.isin(meant[HELDOUT], meant[TRAIN]))
-    if len(near):
-        what = "differ from a training prompt in case, spaces or a last stop alone"
-        heldout.notes.add(what, repr(_name(heldout, int(near[0]))), len(near))
-    for split, prompts in ((TRAIN, train), (HELDOUT, heldout)):
-        values, first_seen, counts = np.unique(meant[split], return_index=True, return_counts=True)
-        if repeated := len(meant[split]) - len(values):
-            example = int(first_seen[np.argmax(counts)])
-            prompts.notes.add("repeat another of the same set", repr(_name(prompts, example)), repeated)
-
-
-HASHES = ("said", "meant")
-
-
-def _hashes(prompts: TokenisedPrompts, which: str) -> np.ndarray:
-    """Hashes of all prompts of a set, those left out included."""
-    return np.concatenate([getattr(part, which) for part in prompts.parts()])
-
-
-def _name(prompts: TokenisedPrompts, index: int) -> str:
-    """The name of a prompt by its place among all."""
-    for part in prompts.parts():
-        if index < len(part.numbers):
-            return part.prompts.names[index]
-        index -= len(part.numbers)
-    raise IndexError(index)
-
-
 def _part_file(folder: Path, number: int) -> Path:
     return folder / f"part_{number:06d}.npz"
 
 
-@contextlib.contextmanager
-def _store() -> Iterator[Path]:
-    """Where parts are kept; a folder of this command alone where the user's cache cannot be written."""
+@functools.cache
+def _store() -> Path:
+    """Where parts are kept; a folder of this process alone where the user's cache cannot be written."""
     folder = cache_folder("prompts")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _forget_old(folder)
         with tempfile.TemporaryFile(dir=folder):
-            pass
+            return folder
     except OSError as error:
         logger.warning(
-            "%s: %s: tokenised prompts cannot be kept there, and are made again by each command (%s names another "
-            "folder)", folder, storage_reason(error) or error.strerror, CACHE_VARIABLE,
+            "%s: %s: tokenised prompts cannot be kept there: each command makes them again (%s names another folder)",
+            folder, storage_reason(error) or error.strerror, CACHE_VARIABLE,
         )  # fmt: skip
-        folder = Path(tempfile.mkdtemp(prefix="npd_prompts_"))
-        import atexit
-
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    yield folder
+    folder = Path(tempfile.mkdtemp(prefix="npd_prompts_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def _forget_old(folder: Path) -> None:

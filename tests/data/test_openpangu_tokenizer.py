@@ -12,6 +12,7 @@ from inputs import write_prompts
 from tiny_models import make_model
 
 from megatron_npd.config import Config
+from megatron_npd.data.prompts import load_prompt_set
 from megatron_npd.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from megatron_npd.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_npd.errors import UserError
@@ -239,21 +240,28 @@ def test_checkpoints_own_template_comes_first(tmp_path: Path, pieces: Path) -> N
 
 
 def test_control_tokens_in_a_prompts_words_act_and_are_spoken_of(
-    tokenizer: Tokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tokenizer: Tokenizer, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """They act as they do behind every server that the student may run on, and as trusted code has it."""
-    from megatron_npd.prepare.tokenise import tokenised_splits
+    from megatron_npd.prepare.prompt_checks import checked_splits
 
     write_prompts(tmp_path / "train", {"clean": "hello", "odd": "what is [unused10] for?"})
     write_prompts(tmp_path / "heldout", {"h": "bye"})
     with caplog.at_level(logging.WARNING):
-        train, _ = tokenised_splits(tokenizer, str(tmp_path / "train"), str(tmp_path / "heldout"), 200)
-    assert [train.token_ids[1].count(tokenizer.eos_token_id), train.token_ids[0].count(tokenizer.eos_token_id)] == [
-        3,
-        2,
-    ]
+        config = Config.model_validate(
+            {
+                "run_directory": str(tmp_path / "run"),
+                "models": {"teacher": str(folder), "student": str(folder)},
+                "prompts": {"train": str(tmp_path / "train"), "heldout": str(tmp_path / "heldout")},
+                "annotator": {"pack_length": 2048},
+            }
+        )
+        end_ids = [tokenizer.vocabulary()["[unused10]"]]
+        checked_splits(config, tokenizer, end_ids)["train"].save(tmp_path / "set", with_responses=False)
+    prompts = load_prompt_set(tmp_path / "set")
+    assert [list(prompts[row]).count(tokenizer.eos_token_id) for row in (1, 0)] == [3, 2]
     (message,) = (record.getMessage() for record in caplog.records)
-    assert "1 prompts" in message and "'odd'" in message and "[unused10]" in message
+    assert "1 prompt " in message and "'odd'" in message and "[unused10]" in message
     thought = [{"role": "assistant", "content": "[unused16]"}, {"role": "user", "content": "go on"}]
     assert tokenizer.quoted_control_token(thought) is None, "earlier turns of the model hold such tokens rightly"
 
@@ -276,7 +284,9 @@ def test_openpangu_checkpoints_pass_preflight(tmp_path: Path, pieces: Path) -> N
         }
     )  # fmt: skip
     inputs = preflight(config)
-    assert inputs.train.names == ["a", "b"] and all(ids[0] == 1 for ids in inputs.train.token_ids)
+    inputs.train.save(tmp_path / "set", with_responses=False)
+    prompts = load_prompt_set(tmp_path / "set")
+    assert prompts.names == ["a", "b"] and all(prompts[row][0] == 1 for row in range(2))
 
 
 # --- what cannot be loaded ------------------------------------------------------------------------------------------
