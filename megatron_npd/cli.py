@@ -126,7 +126,7 @@ def _prompts(arguments: Arguments) -> None:
         lines = report_on_file(arguments.file, Path(arguments.tokenizer), arguments.set, arguments.show)
     else:
         raise UserError(
-            f"{arguments.file}: needs --tokenizer FOLDER, or must be a configuration (.toml) that names one"
+            f"{arguments.file}: needs --tokenizer FOLDER, or must be a configuration (.toml), which names it"
         )
     for line in lines:
         print(line)

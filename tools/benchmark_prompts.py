@@ -20,76 +20,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-WORDS = [
-    "what",
-    "when",
-    "where",
-    "which",
-    "why",
-    "how",
-    "is",
-    "are",
-    "was",
-    "were",
-    "the",
-    "a",
-    "an",
-    "of",
-    "in",
-    "on",
-    "at",
-    "by",
-    "for",
-    "with",
-    "number",
-    "sum",
-    "river",
-    "mountain",
-    "city",
-    "house",
-    "train",
-    "water",
-    "light",
-    "time",
-    "year",
-    "day",
-    "week",
-    "month",
-    "red",
-    "green",
-    "blue",
-    "large",
-    "small",
-    "old",
-    "new",
-    "fast",
-    "slow",
-    "between",
-    "before",
-    "after",
-    "three",
-    "seven",
-    "twelve",
-    "hundred",
-    "explain",
-    "compare",
-    "describe",
-    "calculate",
-    "list",
-    "name",
-    "write",
-    "find",
-    "prove",
-    "show",
-    "people",
-    "country",
-]
+WORDS = """
+what when where which why how is are was were the a an of in on at by for with number sum river mountain city house
+train water light time year day week month red green blue large small old new fast slow between before after three
+seven twelve hundred explain compare describe calculate list name write find prove show people country
+"""
 
 
 def write_rows(path: Path, count: int, kind: str) -> None:
     """The prompts as JSON Lines, or as a parquet file of a column."""
     chooser = random.Random(count)
-    texts = [" ".join(chooser.choices(WORDS, k=chooser.randint(5, 25))) + f" {number}?" for number in range(count)]
+    texts = [
+        " ".join(chooser.choices(WORDS.split(), k=chooser.randint(5, 25))) + f" {number}?" for number in range(count)
+    ]
     if kind == "parquet":
         import pyarrow
         from pyarrow.parquet import write_table

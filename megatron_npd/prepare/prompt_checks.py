@@ -130,6 +130,6 @@ def _judge_length(config: Config, prompts: TokenisedPrompts) -> None:
     if not len(prompts):
         raise UserError(f"{prompts.path}: all {count} prompts are too long ({rule}); at least one must not be")
     logger.warning(
-        "%s: %d prompts are left out, for they are longer than %s; the first is %r with %d tokens (left_out.json beside "
-        "the tokenised prompts lists all)", prompts.path, count, rule, first.id, tokens,
+        "%s: %d prompts are left out, for they are longer than %s; the first is %r with %d tokens (left_out.json in "
+        "the run directory lists all)", prompts.path, count, rule, first.id, tokens,
     )  # fmt: skip

@@ -33,7 +33,7 @@ class TokenisedPart:
     said: np.ndarray
     """uint64 [n], hash of what is said in each, to the letter."""
     meant: np.ndarray
-    """uint64 [n], the same of normalised words (`_normalised`)."""
+    """uint64 [n], the same of normalised words (`normalised`)."""
     notes: Notes
 
 
@@ -58,7 +58,7 @@ def tokenise_part(path: str, kind: str, batch: RowBatch, reader: RowReader, fram
         _part(prompts, framed),
         np.array([number for number, _ in numbered], np.int64),
         np.array([_hash(prompt.words) for prompt in prompts], np.uint64),
-        np.array([_hash(_normalised(prompt.words)) for prompt in prompts], np.uint64),
+        np.array([_hash(normalised(prompt.words)) for prompt in prompts], np.uint64),
         notes,
     )
 
@@ -119,6 +119,6 @@ def _hash(text: str) -> int:
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def _normalised(text: str) -> str:
+def normalised(text: str) -> str:
     """Compatible characters alike, case, spaces and a last stop aside. Other signs stay: 3 + 3 is not 3 - 3."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).rstrip(" .?!")
