@@ -54,7 +54,7 @@ class Notes:
     def lines(self) -> Iterator[str]:
         """For people."""
         for what, (count, example) in self.found.items():
-            yield f"{count:,} prompt{'s' * (count > 1)} {what}; the first is {example}"
+            yield f"{count:,} prompts {what}; the first is {example}"
 
 
 class Framer:

@@ -57,7 +57,7 @@ def preflight(config: Config, with_weights: bool = True) -> Inputs:
             f"{student}: its tokenizer has no chat template; prompts cannot be framed without one (prompts.format = "
             "'text' takes them as plain text)"
         )
-    unconditional_prefix(tokenizer, config.selection.unconditional_prefix)
+    unconditional_prefix(tokenizer, config.selection.unconditional_prefix, config.prompts.format)
     prompts = config.prompts
     splits = checked_splits(config, tokenizer, student.eos_ids)
     train, heldout = splits[TRAIN], splits[HELDOUT]

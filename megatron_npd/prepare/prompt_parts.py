@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import unicodedata
+import zipfile
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -21,6 +22,10 @@ from megatron_npd.data.prompts import PromptPart
 from megatron_npd.data.rows import RowBatch, place_of
 from megatron_npd.errors import UserError
 from megatron_npd.files import write_atomically
+
+
+class DamagedPartError(ValueError):
+    """A part that cannot be read back; it must be made again."""
 
 
 @dataclass(frozen=True)
@@ -86,11 +91,14 @@ def load_part(path: Path) -> TokenisedPart:
     """Read a part back.
 
     Raises:
-        OSError, ValueError, KeyError: it is not there, or damaged.
+        DamagedPartError: it is not there, or not what was written.
     """
-    with np.load(path) as stored:
-        arrays = {name: stored[name] for name in stored.files}
-    words = json.loads(arrays["words"].tobytes())
+    try:
+        with np.load(path) as stored:
+            arrays = {name: stored[name] for name in stored.files}
+        words = json.loads(arrays["words"].tobytes())
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise DamagedPartError(f"{path}: damaged ({error})") from None
     columns = (arrays[name] for name in ("ids", "lengths", "response_ids", "response_lengths", "framing"))
     notes = Notes({what: (count, example) for what, (count, example) in words["notes"].items()})
     prompts = PromptPart(words["names"], *columns, words["framings"])

@@ -42,7 +42,7 @@ from megatron_npd.files import read_json, write_json
 from megatron_npd.hardware.host import cores
 from megatron_npd.prepare import prompt_parts
 from megatron_npd.prepare.fingerprints import fingerprint_of_path
-from megatron_npd.prepare.prompt_parts import TokenisedPart, load_part, save_part, tokenise_part
+from megatron_npd.prepare.prompt_parts import DamagedPartError, TokenisedPart, load_part, save_part, tokenise_part
 from megatron_npd.process.parent_death import die_with
 
 logger = logging.getLogger(__name__)
@@ -120,11 +120,14 @@ def tokenised(config: Config, split: str, tokenizer: Tokenizer, end_ids: list[in
     rows = open_rows(path, trust_code=config.models.trust_remote_code)
     work = _Work.of(config, path, rows, end_ids)
     folder = _store() / work.key
-    folder.mkdir(parents=True, exist_ok=True)
-    os.utime(folder)
-    files = _make_parts(work, rows, folder, tokenizer)
     limit = config.rollout.max_new_tokens if split == TRAIN and uses_responses(config) else sys.maxsize
-    return _looked_through(path, rows.kind, files, config.prompts.max_prompt_tokens, limit)
+    limits = config.prompts.max_prompt_tokens, limit
+    try:
+        return _looked_through(path, rows.kind, _make_parts(work, rows, folder, tokenizer), *limits)
+    except DamagedPartError as error:
+        logger.warning("%s; tokenising %s again", error, path)
+        shutil.rmtree(folder)
+    return _looked_through(path, rows.kind, _make_parts(work, rows, folder, tokenizer), *limits)
 
 
 def uses_responses(config: Config) -> bool:
@@ -166,6 +169,8 @@ class _Work:
 
 def _make_parts(work: _Work, rows: Rows, folder: Path, tokenizer: Tokenizer) -> list[Path]:
     """The files of all parts; those that are there already are not made again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    os.utime(folder)
     done = folder / "done.json"
     if done.is_file():
         files = [folder / name for name in read_json(done)]

@@ -253,7 +253,8 @@ class Annotator:
     def _unconditional_prefix(self) -> np.ndarray:
         models = self.config.models
         tokenizer = load_tokenizer(Path(models.student), trust_remote_code=models.trust_remote_code)
-        return np.array(unconditional_prefix(tokenizer, self.config.selection.unconditional_prefix), dtype=np.int32)
+        mode, format = self.config.selection.unconditional_prefix, self.config.prompts.format
+        return np.array(unconditional_prefix(tokenizer, mode, format), dtype=np.int32)
 
     def _look_at_memory(self) -> None:
         """Say what was needed at most so far, and keep no more than is in use."""

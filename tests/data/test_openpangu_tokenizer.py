@@ -261,7 +261,7 @@ def test_control_tokens_in_a_prompts_words_act_and_are_spoken_of(
     prompts = load_prompt_set(tmp_path / "set")
     assert [list(prompts[row]).count(tokenizer.eos_token_id) for row in (1, 0)] == [3, 2]
     (message,) = (record.getMessage() for record in caplog.records)
-    assert "1 prompt " in message and "'odd'" in message and "[unused10]" in message
+    assert "1 prompts " in message and "'odd'" in message and "[unused10]" in message
     thought = [{"role": "assistant", "content": "[unused16]"}, {"role": "user", "content": "go on"}]
     assert tokenizer.quoted_control_token(thought) is None, "earlier turns of the model hold such tokens rightly"
 
