@@ -70,6 +70,8 @@ def _run(arguments: Arguments) -> int:
 def _check(arguments: Arguments) -> int:
     if arguments.devices:
         return _check_devices(_load(arguments))
+    import numpy as np
+
     from megatron_npd.buffer.plan import make_plan
     from megatron_npd.estimates.text import estimate, names_slurm
     from megatron_npd.prepare.dtype import decide_dtype, describe_dtype
@@ -92,7 +94,7 @@ def _check(arguments: Arguments) -> int:
     print(f"prompts.train = {config.prompts.train}: {inputs.train}")
     print(f"prompts.heldout = {config.prompts.heldout}: {inputs.heldout}")
     print(describe_dtype(config))
-    plan = make_plan(config, len(inputs.train), len(inputs.heldout))
+    plan = make_plan(config, len(inputs.train), len(inputs.heldout), np.arange(inputs.train.answered))
     rates = Path(arguments.rates) if arguments.rates else None
     print("\n".join(estimate(config, inputs.teacher.dims, inputs.student.dims, plan, rates)))
     for line in machine_lines(config, inputs.teacher.dims, inputs.student.dims):

@@ -38,15 +38,15 @@ class Verdict(IntEnum):
 # column name -> (dtype, dimensions). A shard holds exactly these columns.
 ROLLOUT_COLUMNS: dict[str, tuple[str, str]] = {
     "prompt_index": ("int64", "N"),  # row of the tokenised prompt set
-    "sample_index": ("int32", "N"),  # 0 .. samples_per_prompt - 1
+    "sample_index": ("int32", "N"),  # 0 .. samples_per_prompt - 1; a given response among them: samples_per_prompt
     "seed": ("int64", "N"),  # sampling seed, derived from the identity
-    "policy_version": ("int32", "N"),  # version that sampled it; -1: the teacher
+    "policy_version": ("int32", "N"),  # version that sampled it; -1: the teacher, -2: nobody, it was given
     "finish_reason": ("uint8", "N"),  # FinishReason
     "prompt_ids": ("int32", "P"),
     "prompt_offsets": ("int64", "N+1"),
     "response_ids": ("int32", "R"),  # includes the end token where finish_reason is STOP
     "response_offsets": ("int64", "N+1"),
-    "behaviour_logprobs": ("float32", "R"),  # log pi_gen(y_t | x, y_<t), nats, temperature 1
+    "behaviour_logprobs": ("float32", "R"),  # log pi_gen(y_t | x, y_<t), nats, temperature 1; NaN: given
 }
 
 SAMPLE_COLUMNS: dict[str, tuple[str, str]] = {
@@ -69,6 +69,8 @@ COLUMNS = {"rollouts": ROLLOUT_COLUMNS, "samples": SAMPLE_COLUMNS}
 
 TEACHER_VERSION = -1
 """`policy_version` of responses sampled from the teacher (warm-up and held-out sets)."""
+GIVEN_VERSION = -2
+"""`policy_version` of responses that the user's data gives. Nobody sampled them: their `behaviour_logprobs` are NaN."""
 
 
 class Event(StrEnum):
@@ -81,6 +83,7 @@ class Event(StrEnum):
     PUBLISH = "publish"
     CHECKPOINT = "checkpoint"
     EVALUATION = "evaluation"
+    STAGE = "stage"
     MEMORY = "memory"
     PHASE = "phase"
     FAILURE = "failure"

@@ -1,7 +1,8 @@
 """The plan of a run: stages, units of work, identities, seeds and the order of training. All pure functions.
 
 A stage is one set of responses by one generator: `heldout` and `warmup` by the teacher, `round_0000`, ... by one
-policy version each. A unit is a contiguous slice of a stage's (prompt, sample) pairs: one lease, one shard.
+policy version each. Responses that the user's data gives may take the generator's place, or come after its own. A unit
+is a contiguous slice of a stage's (prompt, sample) pairs: one lease, one shard, generated or given as a whole.
 Identity of a sample: (stage, prompt_index, sample_index). Nothing here depends on arrival order, on who did
 the work, or on the data-parallel size.
 """
@@ -10,22 +11,21 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from megatron_npd.config import Config
 from megatron_npd.data.prompts import HELDOUT, SPLITS, TRAIN, load_prompt_set
 from megatron_npd.run_directory import HELDOUT_STAGE, WARMUP_STAGE, RunDirectory, round_stage
-from megatron_npd.schema import TEACHER_VERSION
+from megatron_npd.schema import GIVEN_VERSION, TEACHER_VERSION
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One generator's set of responses.
+    """One generator's set of responses, and after them given ones.
 
-    `prompt_index` and `sample_index` are int64 / int32 [n], in unit order: unit u owns the slice
-    `[u * samples_per_unit, (u + 1) * samples_per_unit)`.
+    `prompt_index` and `sample_index` are int64 / int32 [n], in unit order.
     """
 
     name: str
@@ -36,16 +36,37 @@ class Stage:
     prompt_index: np.ndarray
     sample_index: np.ndarray
     samples_per_unit: int
+    given: int = 0
+    """Of the rows, so many at the end are given responses."""
 
     @property
     def units(self) -> int:
         """Number of units of work."""
-        return -(-len(self.prompt_index) // self.samples_per_unit)
+        return self.own_units + -(-self.given // self.samples_per_unit)
+
+    @property
+    def own(self) -> int:
+        """Rows that the stage's version generates."""
+        return len(self.prompt_index) - self.given
+
+    @property
+    def own_units(self) -> int:
+        """Units of these; the units after them are given."""
+        return -(-self.own // self.samples_per_unit)
+
+    def is_given(self, unit: int) -> bool:
+        """Whether a unit's responses are given, not generated."""
+        return unit >= self.own_units
+
+    def version_of(self, unit: int) -> int:
+        """Policy version that generates a unit, TEACHER_VERSION, or GIVEN_VERSION."""
+        return GIVEN_VERSION if self.is_given(unit) else self.version
 
     def rows(self, unit: int) -> slice:
         """Rows of the stage that a unit owns."""
-        start = unit * self.samples_per_unit
-        return slice(start, min(start + self.samples_per_unit, len(self.prompt_index)))
+        first, end = (self.own, len(self.prompt_index)) if self.is_given(unit) else (0, self.own)
+        start = first + (unit - self.own_units if self.is_given(unit) else unit) * self.samples_per_unit
+        return slice(start, min(start + self.samples_per_unit, end))
 
     @property
     def publishes(self) -> int:
@@ -85,29 +106,30 @@ def plan_of(run: RunDirectory, config: Config) -> Plan:
     Raises:
         OSError, ValueError: its prompt sets cannot be read.
     """
-    return make_plan(config, *(len(load_prompt_set(run.prompts(split))) for split in SPLITS))
+    prompts = {split: load_prompt_set(run.prompts(split)) for split in SPLITS}
+    return make_plan(config, len(prompts[TRAIN]), len(prompts[HELDOUT]), prompts[TRAIN].answered)
 
 
-def make_plan(config: Config, train_prompts: int, heldout_prompts: int) -> Plan:
-    """The plan of a run over prompt sets of these sizes."""
+def make_plan(config: Config, train_prompts: int, heldout_prompts: int, answered: np.ndarray | None = None) -> Plan:
+    """The plan of a run over prompt sets of these sizes.
+
+    `answered`: training prompts that have a given response, int64, ascending; None: all.
+    """
     per_unit = config.rollout.samples_per_unit
+    answered = np.arange(train_prompts) if answered is None else answered
     stages = [_stage(HELDOUT_STAGE, HELDOUT, TEACHER_VERSION, np.arange(heldout_prompts), 1, per_unit)]
-    if config.warmup.samples_per_prompt:
-        prompts = _prompts_of_warmup(config, train_prompts)
-        stages.append(_stage(WARMUP_STAGE, TRAIN, TEACHER_VERSION, prompts, config.warmup.samples_per_prompt, per_unit))
-    first = 1 if config.warmup.samples_per_prompt else 0
+    if config.warmup.source == "data":
+        prompts = _prompts_of_warmup(config, answered)
+        stages.append(_given_after(_stage(WARMUP_STAGE, TRAIN, TEACHER_VERSION, prompts[:0], 1, per_unit), prompts, 0))
+    elif config.warmup.samples:
+        prompts = _prompts_of_warmup(config, np.arange(train_prompts))
+        stages.append(_stage(WARMUP_STAGE, TRAIN, TEACHER_VERSION, prompts, config.warmup.samples, per_unit))
+    first = 1 if config.warmup.samples else 0
     for index in range(config.rounds.count):
         prompts = _prompts_of_round(config, train_prompts, index)
-        stages.append(
-            _stage(
-                round_stage(index),
-                TRAIN,
-                first + index,
-                prompts,
-                config.rounds.samples_per_prompt,
-                per_unit,
-            )
-        )
+        samples = config.rounds.samples_per_prompt
+        stage = _stage(round_stage(index), TRAIN, first + index, prompts, samples, per_unit)
+        stages.append(_given_after(stage, _given_of_round(config, answered, stage.own, index), samples))
     return Plan({stage.name: stage for stage in stages}, first, first + config.rounds.count)
 
 
@@ -148,12 +170,40 @@ def _stage(name: str, split: str, version: int, prompts: np.ndarray, samples_per
     return Stage(name, split, version, prompt_index, sample_index, per_unit)
 
 
-def _prompts_of_warmup(config: Config, train_prompts: int) -> np.ndarray:
-    """All prompts in order, or some of them."""
-    size = min(config.warmup.prompts or train_prompts, train_prompts)
-    if size == train_prompts:
-        return np.arange(train_prompts)
-    return generator(config.seed, "prompts", "warmup").permutation(train_prompts)[:size]
+def _given_after(stage: Stage, prompts: np.ndarray, sample_index: int) -> Stage:
+    """A stage with the given responses to these prompts after its own; `sample_index` is one that no own one has."""
+    indices = np.full(len(prompts), sample_index, np.int32)
+    return replace(
+        stage,
+        prompt_index=np.concatenate([stage.prompt_index, prompts.astype(np.int64)]),
+        sample_index=np.concatenate([stage.sample_index, indices]),
+        given=len(prompts),
+    )
+
+
+def _prompts_of_warmup(config: Config, prompts: np.ndarray) -> np.ndarray:
+    """All of these prompts in order, or some of them."""
+    size = min(config.warmup.prompts or len(prompts), len(prompts))
+    if size == len(prompts):
+        return prompts
+    return prompts[generator(config.seed, "prompts", "warmup").permutation(len(prompts))[:size]]
+
+
+def given_of(share: float, own: int) -> int:
+    """Given responses beside which `own` others are 1 - `share` of all."""
+    return round(own * share / (1.0 - share))
+
+
+def _given_of_round(config: Config, answered: np.ndarray, own: int, index: int) -> np.ndarray:
+    """Prompts whose given responses a round takes: rounds walk through them in shuffled passes. None comes twice in a
+    round, so there may be fewer than the share asks for."""
+    size = min(given_of(config.rounds.given_share, own), len(answered))
+    if not size:
+        return answered[:0]
+    rounds_per_pass = max(len(answered) // size, 1)
+    shuffle = generator(config.seed, "given", index // rounds_per_pass).permutation(len(answered))
+    start = (index % rounds_per_pass) * size
+    return answered[shuffle[start : start + size]]
 
 
 def _prompts_of_round(config: Config, train_prompts: int, index: int) -> np.ndarray:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_npd.buffer.plan import make_plan
 from megatron_npd.config import Config
-from megatron_npd.data.prompts import SPLITS, PromptSet, load_prompt_set
+from megatron_npd.data.prompts import HELDOUT, SPLITS, TRAIN, PromptSet, load_prompt_set
 from megatron_npd.hardware.device import device_peak_bytes
 from megatron_npd.process.memory import PeakMemory, steady_heap
 from megatron_npd.process.metrics import Metrics, metrics_file, process_seconds
@@ -33,7 +33,8 @@ class RoleContext:
         self.config, self.role = config, role
         self.run = RunDirectory(Path(config.run_directory))
         self.prompts = {split: _wait_for_prompts(config, self.run.prompts(split)) for split in SPLITS}
-        self.plan = make_plan(config, *(len(prompts) for prompts in self.prompts.values()))
+        train, heldout = self.prompts[TRAIN], self.prompts[HELDOUT]
+        self.plan = make_plan(config, len(train), len(heldout), train.answered)
         self._metrics: Metrics | None = None
         self._turn_lock = turn_lock(config, self.run)
 

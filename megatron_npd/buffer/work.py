@@ -23,6 +23,11 @@ class WorkUnit(NamedTuple):
     stage: Stage
     number: int
 
+    @property
+    def is_given(self) -> bool:
+        """Whether its responses are given, not generated."""
+        return self.stage.is_given(self.number)
+
     def __str__(self) -> str:
         """As people count."""
         return f"{self.stage.name}, unit {self.number + 1} of {self.stage.units}"
@@ -38,6 +43,7 @@ class UnitsInHand:
         kind: of the shards that the units become, `rollouts` or `samples`.
         stages: first come, first served.
         may_begin: asked before a unit of a stage is taken.
+        wanted: units that this worker does not take at all are left out.
     """
 
     def __init__(
@@ -47,8 +53,10 @@ class UnitsInHand:
         kind: str,
         stages: list[Stage],
         may_begin: Callable[[Stage], bool] = lambda stage: True,
+        wanted: Callable[[WorkUnit], bool] = lambda unit: True,
     ):
         self._run, self._kind, self._stages, self._may_begin = run, kind, stages, may_begin
+        self._wanted = wanted
         self._lease_seconds, self._poll_seconds = config.launch.lease_seconds, config.launch.poll_seconds
         self._held: dict[tuple[str, int], contextlib.ExitStack] = {}
         self._found: deque[WorkUnit] = deque()  # undone at the last look, not tried since
@@ -94,8 +102,9 @@ class UnitsInHand:
     def _undone(self) -> Iterator[WorkUnit]:
         for stage in self._stages:
             for number in unfinished_units(self._run, self._kind, stage):
-                if (stage.name, number) not in self._held:
-                    yield WorkUnit(stage, number)
+                unit = WorkUnit(stage, number)
+                if (stage.name, number) not in self._held and self._wanted(unit):
+                    yield unit
 
     def _lease(self, unit: WorkUnit) -> bool:
         """Whether the unit is ours to do from now on."""

@@ -142,7 +142,7 @@ def rates_of_run(run: RunDirectory) -> Rates:
     units = measured.all(ANNOTATOR, Event.UNIT)
     rollouts = measured.all(ROLLOUT, Event.UNIT)
     everything = rollouts + measured.all(ROLLOUT_TEACHER, Event.UNIT)
-    by_students = [unit for unit in units if unit["stage"] != WARMUP_STAGE]
+    by_students = [unit for unit in units if unit["stage"] != WARMUP_STAGE and not unit.get("given")]
     if not by_students:
         raise measured.lacks(ANNOTATOR, "unit of a round")
     by_teacher = [unit for unit in units if unit["stage"] == WARMUP_STAGE]

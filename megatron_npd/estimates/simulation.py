@@ -5,8 +5,8 @@ out, and evaluate versions when there are none; the trainer trains on a stage as
 publishes. With `turns` only one of them computes at a time, as the roles of one small machine do (`launch.turns`), and
 each starts when there is something for it to do.
 
-Left out: leases that expire, restarts, a buffer that is full, refreshes the near-policy limit asks for, and that units
-of one stage differ in length.
+Left out: that given responses are written before an engine starts, leases that expire, restarts, a buffer that is full,
+refreshes the near-policy limit asks for, and that units of one stage differ in length.
 """
 
 from __future__ import annotations
@@ -179,8 +179,9 @@ class _Run:
 
     def _roll_out(self, worker: int, stage: _Progress, tokens_per_second: float) -> Process:
         while stage.to_roll_out:
+            is_given = len(stage.to_roll_out) <= stage.work.given_units
             responses = stage.to_roll_out.pop(0)
-            seconds = responses * self.work.response_tokens / tokens_per_second
+            seconds = 0.0 if is_given else responses * self.work.response_tokens / tokens_per_second
             yield from self._busy(ROLLOUT, worker, stage.work.name, seconds)
             if stage.work.name != HELDOUT_STAGE:
                 self.ready.append((stage, responses))

@@ -59,17 +59,23 @@ def role_memories(
     heldout, of_teacher, of_a_round = 0, None, None
     if plan:
         heldout = _responses([plan.stages[HELDOUT_STAGE]])
-        of_teacher, of_a_round = _responses(plan.teacher_stages), max(_responses([s]) for s in plan.round_stages)
+        of_teacher = _responses(plan.teacher_stages)
+        of_a_round = max((_responses([stage]) for stage in plan.round_stages), default=0)
+            _responses(plan.teacher_stages),
+            max((_responses([s]) for s in plan.round_stages), default=0),
+        )
+    students = [rollout_memory(config, student, device, responses=of_a_round)] if config.rounds.count else []
     return [
         trainer_memory(config, student, device),
         annotator_memory(config, teacher, student, device, heldout),
         rollout_memory(config, teacher, device, refreshed=False, responses=of_teacher),
-        rollout_memory(config, student, device, responses=of_a_round),
+        *students,
     ]
 
 
 def _responses(stages: list[Stage]) -> int:
-    return sum(len(stage.prompt_index) for stage in stages)
+    """Those that an engine samples."""
+    return sum(stage.own for stage in stages)
 
 
 def workers_of(config: Config) -> Workers:
@@ -77,7 +83,7 @@ def workers_of(config: Config) -> Workers:
     replicas = config.training.data_parallel_size
     if names_slurm(config):
         return Workers(replicas, config.slurm.annotators, config.slurm.sidecars, turns=config.launch.turns == "on")
-    return Workers(replicas, 1, 1, teacher_sidecars=1, turns=takes_turns(config))
+    return Workers(replicas, 1, min(1, config.rounds.count), teacher_sidecars=1, turns=takes_turns(config))
 
 
 def _memory(config: Config, teacher: ModelDims, student: ModelDims, plan: Plan) -> Iterator[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megatron_npd.buffer.plan import Plan, Stage, epochs_of, publishing_step
+from megatron_npd.buffer.plan import Plan, Stage, epochs_of, given_of, publishing_step
 from megatron_npd.config import Config
 from megatron_npd.estimates.rates import Rates
 from megatron_npd.run_directory import HELDOUT_STAGE, WARMUP_STAGE
@@ -24,6 +24,8 @@ class StageWork:
     """Policy version that generates it, or TEACHER_VERSION."""
     units: list[int]
     """Responses of each unit."""
+    given_units: int
+    """Of these, so many at the end are given responses, which nobody samples."""
     prefilled_tokens: float
     """Tokens the annotators prefill for one response; 0: the stage is not annotated."""
     packs_of_steps: list[int]
@@ -71,16 +73,18 @@ def _stage(config: Config, plan: Plan, rates: Rates, stage: Stage) -> StageWork:
     rows = (stage.rows(unit) for unit in range(stage.units))
     units = [row.stop - row.start for row in rows]
     if stage.name == HELDOUT_STAGE:
-        return StageWork(stage.name, stage.version, units, 0.0, [])
+        return StageWork(stage.name, stage.version, units, 0, 0.0, [])
     samples = rates.samples
     by_teacher = stage.name == WARMUP_STAGE
     conditional = samples.prompt_tokens + samples.response_tokens
-    kept = sum(units) * (samples.warmup_kept_share if by_teacher else samples.kept_share)
+    kept = stage.own * (samples.warmup_kept_share if by_teacher else samples.kept_share)
+    kept += stage.given if by_teacher else min(stage.given, given_of(config.rounds.given_share, round(kept)))
     steps = packs_of_steps(config, stage.name, kept * samples.kept_tokens)
     return StageWork(
         stage.name,
         stage.version,
         units,
+        stage.units - stage.own_units,
         # A student's response is scored by the teacher with the prompt, and by both models without it.
         (samples.warmup_prefilled_tokens or conditional)
         if by_teacher

@@ -6,6 +6,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_npd.buffer.plan import given_of
 from megatron_npd.config import Config
 from megatron_npd.data.prompts import HELDOUT, TRAIN
 from megatron_npd.errors import UserError
@@ -58,16 +59,9 @@ def preflight(config: Config, with_weights: bool = True) -> Inputs:
             "'text' takes them as plain text)"
         )
     unconditional_prefix(tokenizer, config.selection.unconditional_prefix, config.prompts.format)
-    prompts = config.prompts
     splits = checked_splits(config, tokenizer, student.eos_ids)
     train, heldout = splits[TRAIN], splits[HELDOUT]
-    for key, wanted in (
-        ("rounds.prompts_per_round", config.rounds.prompts_per_round),
-        ("warmup.prompts", config.warmup.prompts),
-    ):
-        if wanted > len(train):
-            available = f"the {len(train)} prompts of {prompts.train}"
-            raise UserError(f"{key} = {wanted}: must not exceed {available} (0 takes them all)")
+    _check_counts(config, train)
     return Inputs(teacher, student, train, heldout)
 
 
@@ -97,6 +91,32 @@ def check_models(config: Config, with_weights: bool = True) -> tuple[Checkpoint,
     if config.annotator.top_k > vocabulary:
         raise UserError(f"annotator.top_k = {config.annotator.top_k}: must not exceed the vocab_size = {vocabulary}")
     return teacher, student
+
+
+def _check_counts(config: Config, train: TokenisedPrompts) -> None:
+    """There must be as many prompts, and as many given responses, as a stage takes."""
+    there = f"the {len(train)} prompts of {train.path}"
+    answered = f"the {train.answered} given responses of {train.path}"
+    from_data = config.warmup.source == "data"
+    if from_data and not train.answered:
+        raise UserError(
+            f"warmup.source = 'data': {train.path} gives no response (a column {config.prompts.columns.response!r}, or "
+            "chats that end with the assistant's turn)"
+        )
+    of_warmup = (train.answered, answered) if from_data else (len(train), there)
+    for key, wanted, (most, what) in (
+        ("rounds.prompts_per_round", config.rounds.prompts_per_round, (len(train), there)),
+        ("warmup.prompts", config.warmup.prompts, of_warmup),
+    ):
+        if wanted > most:
+            raise UserError(f"{key} = {wanted}: must not exceed {what} (0 takes them all)")
+    rounds = config.rounds
+    own = min(rounds.prompts_per_round or len(train), len(train)) * rounds.samples_per_prompt
+    if rounds.count and (wanted := given_of(rounds.given_share, own)) > train.answered:
+        raise UserError(
+            f"rounds.given_share = {rounds.given_share}: wants {wanted} given responses beside the {own} others of a "
+            f"round; must not exceed {answered}"
+        )
 
 
 def _check_splits(config: Config, teacher: Checkpoint, student: Checkpoint) -> None:

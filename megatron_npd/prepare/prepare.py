@@ -18,7 +18,6 @@ from megatron_npd.files import write_atomically, write_json
 from megatron_npd.prepare.dtype import decide_dtype
 from megatron_npd.prepare.preflight import check_models, preflight
 from megatron_npd.prepare.provenance import provenance
-from megatron_npd.prepare.tokenise import uses_responses
 from megatron_npd.run_directory import RunDirectory
 
 UNFINISHED = re.compile(r"prompts|provenance\.json|\..+\.tmp")
@@ -43,7 +42,7 @@ def prepare(config: Config, in_cluster: bool = False) -> RunDirectory:
         inputs = preflight(config)
         config = decide_dtype(config, in_cluster)
         _create(run.root)
-        inputs.train.save(run.prompts(TRAIN), with_responses=uses_responses(config))
+        inputs.train.save(run.prompts(TRAIN), with_responses=config.trains_on_given)
         inputs.heldout.save(run.prompts(HELDOUT), with_responses=False)
         write_json(run.provenance, provenance(config))
     # On a resume only what is not part of `Config.identity` can have changed: the roles read it from here.

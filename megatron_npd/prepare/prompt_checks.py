@@ -11,7 +11,7 @@ from megatron_npd.config import Config
 from megatron_npd.data.prompts import HELDOUT, SPLITS, TRAIN
 from megatron_npd.data.tokenizer import Tokenizer
 from megatron_npd.errors import UserError
-from megatron_npd.prepare.tokenise import TokenisedPrompts, tokenised, uses_responses
+from megatron_npd.prepare.tokenise import TokenisedPrompts, tokenised
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def notes_of(config: Config, splits: dict[str, TokenisedPrompts]) -> list[str]:
     """What framing found, and what is there and not used; for people."""
     lines = [f"{prompts.path}: {line}" for prompts in splits.values() for line in prompts.notes.lines()]
     for split, prompts in splits.items():
-        if prompts.answered and not (split == TRAIN and uses_responses(config)):
+        if prompts.answered and not (split == TRAIN and config.trains_on_given):
             why = (
                 "of held-out prompts the teacher's are" if split == HELDOUT else "see warmup.source, rounds.given_share"
             )

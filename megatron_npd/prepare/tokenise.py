@@ -120,7 +120,7 @@ def tokenised(config: Config, split: str, tokenizer: Tokenizer, end_ids: list[in
     rows = open_rows(path, trust_code=config.models.trust_remote_code)
     work = _Work.of(config, path, rows, end_ids)
     folder = _store() / work.key
-    limit = config.rollout.max_new_tokens if split == TRAIN and uses_responses(config) else sys.maxsize
+    limit = config.rollout.max_new_tokens if split == TRAIN and config.trains_on_given else sys.maxsize
     limits = config.prompts.max_prompt_tokens, limit
     try:
         return _looked_through(path, rows.kind, _make_parts(work, rows, folder, tokenizer), *limits)
@@ -128,11 +128,6 @@ def tokenised(config: Config, split: str, tokenizer: Tokenizer, end_ids: list[in
         logger.warning("%s; tokenising %s again", error, path)
         shutil.rmtree(folder)
     return _looked_through(path, rows.kind, _make_parts(work, rows, folder, tokenizer), *limits)
-
-
-def uses_responses(config: Config) -> bool:
-    """Whether given responses of the training prompts are trained on."""
-    return False
 
 
 @dataclass(frozen=True)

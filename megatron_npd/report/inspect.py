@@ -24,12 +24,14 @@ from megatron_npd.data.prompts import TRAIN, load_prompt_set
 from megatron_npd.data.tokenizer import VOCABULARY_FILES, Tokenizer, load_tokenizer
 from megatron_npd.errors import UserError
 from megatron_npd.run_directory import RunDirectory
-from megatron_npd.schema import TEACHER_VERSION, FinishReason, Verdict
+from megatron_npd.schema import GIVEN_VERSION, TEACHER_VERSION, FinishReason, Verdict
 from megatron_npd.versions.manifest import published_versions
 
 logger = logging.getLogger(__name__)
 
 WIDTH = 120
+AUTHORS = {TEACHER_VERSION: "by the teacher", GIVEN_VERSION: "given"}
+"""Of responses that no version of the student sampled."""
 NLLS = (
     "nll_teacher_conditional",
     "nll_teacher_unconditional",
@@ -193,7 +195,7 @@ def _sample_lines(sample: dict[str, Any], selection: dict[str, Any]) -> Iterator
     version = sample["policy_version"]
     title = (
         f"{sample['stage']}  prompt {_printable(str(sample['prompt_name'] or sample['prompt_index']))}  "
-        f"sample {sample['sample_index']}  {'by the teacher' if version < 0 else f'policy v{version}'}"
+        f"sample {sample['sample_index']}  {AUTHORS.get(version, f'policy v{version}')}"
     )
     for line in textwrap.wrap(title, WIDTH - len("──  "), break_long_words=False, break_on_hyphens=False):
         yield f"── {line} ".ljust(WIDTH, "─")

@@ -69,6 +69,7 @@ def summarise(run: RunDirectory, config: Config) -> dict[str, Any]:
         "run": str(run.root),
         **_rollouts(run),
         **_training(records),
+        "trained_on": _trained_on(records),
         **_heldout(run, config),
         "tokens_per_second_by_role": _tokens_per_second(records),
         "wall_seconds_by_phase": _wall_seconds(records),
@@ -202,6 +203,12 @@ def _training(records: list[Record]) -> dict[str, Any]:
     }
 
 
+def _trained_on(records: list[Record]) -> dict[str, Any] | None:
+    """Samples of each stage that was trained on, and how many of them are given responses."""
+    stages = (record for record in records if record["event"] == Event.STAGE)
+    return {record["stage"]: {"samples": record["samples"], "given": record["given"]} for record in stages} or None
+
+
 def _heldout(run: RunDirectory, config: Config) -> dict[str, Any]:
     """Held-out KL by version, and at the three points a reader asks for."""
     plan = make_plan(config, train_prompts=1, heldout_prompts=1)
@@ -269,6 +276,8 @@ def _settings(config: Config, selection: dict[str, Any]) -> dict[str, Any]:
         "dtype": config.models.dtype,
         "dtype_reason": config.models.dtype_reason,
         "seed": config.seed,
+        "warmup_source": config.warmup.source,
+        "warmup_kd_lambda": config.warmup.kd_lambda,
         "warmup_samples_per_prompt": config.warmup.samples_per_prompt,
         "warmup_prompts": config.warmup.prompts,
         "warmup_epochs": config.warmup.epochs,

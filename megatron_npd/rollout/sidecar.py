@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,7 @@ from megatron_npd.process.activity import doing
 from megatron_npd.process.memory import release_unused
 from megatron_npd.process.waiting import wait_for
 from megatron_npd.roles import SIDECAR, TEACHER
+from megatron_npd.rollout.given import given_shard
 from megatron_npd.rollout.parity import Parity, check_parity
 from megatron_npd.rollout.rollout_batch import RolloutBatch
 from megatron_npd.run_directory import RunDirectory
@@ -64,6 +65,13 @@ class Sidecar:
     def has_room(self, stage: Stage) -> bool:
         """Whether the buffer has room for responses of a stage."""
         return has_room(self.run, self.context.plan, stage, int(self.config.buffer.max_gib * 2**30))
+
+    def write(self, unit: WorkUnit, shard: Shard) -> None:
+        """Write a unit's shard, with how its prompts were framed."""
+        stage = unit.stage
+        framings = self.context.prompts[stage.split].framings_of(stage.prompt_index[stage.rows(unit.number)])
+        whole = replace(shard, metadata=shard.metadata | {"framings": framings})
+        write_shard(self.run.unit("rollouts", stage.name, unit.number), whole)
 
     def requests_of(self, unit: WorkUnit) -> list[Request]:
         """What to sample for a unit, in its order of identities: a function of those alone."""
@@ -118,7 +126,8 @@ def run(config: Config, policy: str) -> None:
 
 def _run_teacher(sidecar: Sidecar) -> None:
     stages = [stage for stage in sidecar.context.plan.teacher_stages if sidecar.undone(stage)]
-    if not stages:
+    write_given(sidecar, stages)
+    if not any(sidecar.undone(stage) for stage in stages):
         return
     generate(sidecar, _start_engine(sidecar, Path(sidecar.config.models.teacher), TEACHER_VERSION), stages)
 
@@ -129,6 +138,7 @@ def _run_student(sidecar: Sidecar) -> None:
         if not sidecar.undone(stage):
             logger.info("%s is complete already", stage.name)
             continue
+        write_given(sidecar, [stage])
         engine = engine or _start_on_published(sidecar, stage.version)
         _reach_version(sidecar, engine, stage.version)
         generate(sidecar, engine, [stage])
@@ -171,12 +181,30 @@ def _reach_version(sidecar: Sidecar, engine: RolloutEngine, wanted: int) -> None
     _report(sidecar, Event.REFRESH, engine, parity, stall, **figures)
 
 
+def write_given(sidecar: Sidecar, stages: list[Stage]) -> None:
+    """Write the units of given responses that nobody else writes: at once, before an engine starts."""
+    hand = UnitsInHand(
+        sidecar.run, sidecar.config, "rollouts", stages, sidecar.has_room, wanted=lambda unit: unit.is_given
+    )
+    with hand:
+        while unit := hand.take():
+            _write_given_unit(sidecar, unit, hand)
+
+
+def _write_given_unit(sidecar: Sidecar, unit: WorkUnit, hand: UnitsInHand) -> None:
+    since = time.monotonic()
+    shard = given_shard(unit, sidecar.context.prompts[unit.stage.split], sidecar.config.seed)
+    sidecar.write(unit, shard)
+    hand.give_back(unit)
+    logger.info("%s: %d given responses, %.1f s", unit, len(shard), time.monotonic() - since)
+
+
 def generate(sidecar: Sidecar, engine: RolloutEngine, stages: list[Stage]) -> None:
     """Generate the units of these stages, all by the version that is served, that nobody else does."""
     batch, throughput = RolloutBatch(engine, sidecar.requests_of, sidecar.one_by_one), Throughput()
     with UnitsInHand(sidecar.run, sidecar.config, "rollouts", stages, sidecar.has_room) as hand:
         while True:
-            _top_up(batch, hand)
+            _top_up(sidecar, batch, hand)
             if batch.units:
                 _finish_a_unit(sidecar, batch, hand, throughput)
             elif stage := hand.next_stage():
@@ -186,10 +214,16 @@ def generate(sidecar: Sidecar, engine: RolloutEngine, stages: list[Stage]) -> No
                 return
 
 
-def _top_up(batch: RolloutBatch, hand: UnitsInHand) -> None:
-    """Begin one more unit, if the engine has room. One at a time: sidecars that begin together share a stage."""
+def _top_up(sidecar: Sidecar, batch: RolloutBatch, hand: UnitsInHand) -> None:
+    """Begin one more unit, if the engine has room. One at a time: sidecars that begin together share a stage.
+
+    A unit of given responses is here only because a worker that was writing it is gone.
+    """
     if batch.has_room and (unit := hand.take()):
-        batch.begin(unit)
+        if unit.is_given:
+            _write_given_unit(sidecar, unit, hand)
+        else:
+            batch.begin(unit)
 
 
 def _finish_a_unit(sidecar: Sidecar, batch: RolloutBatch, hand: UnitsInHand, throughput: Throughput) -> None:
@@ -197,9 +231,9 @@ def _finish_a_unit(sidecar: Sidecar, batch: RolloutBatch, hand: UnitsInHand, thr
     with doing(f"generating {batch}"), sidecar.context.turn():
         since = time.monotonic()
         while not (finished := batch.step()):
-            _top_up(batch, hand)
+            _top_up(sidecar, batch, hand)
         for unit, shard in finished:
-            write_shard(sidecar.run.unit("rollouts", unit.stage.name, unit.number), shard)
+            sidecar.write(unit, shard)
         seconds = time.monotonic() - since
     tokens = [len(shard["response_ids"]) for _, shard in finished]
     throughput.add(sum(tokens), seconds)

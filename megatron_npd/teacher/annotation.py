@@ -33,7 +33,7 @@ def annotate_shard(
 
     `shard` holds the student's logprobs given the prompt, at temperature 1.
 
-    `student` None: the teacher's own responses (warm-up), where Δ-IFD means nothing; its scores stay NaN and only
+    `student` None: the teacher's own responses or given ones, where Δ-IFD means nothing; its scores stay NaN and only
     empty, cut, out-of-vocabulary and non-finite responses are rejected. `vocabulary`: ids below it are in both models.
     The scores of a response that is empty, cut (where that rejects it) or not in the vocabulary are NaN.
 

@@ -36,7 +36,7 @@ from megatron_npd.process.activity import doing
 from megatron_npd.process.memory import release_unused
 from megatron_npd.roles import ANNOTATOR
 from megatron_npd.run_directory import HELDOUT_STAGE
-from megatron_npd.schema import TEACHER_VERSION, Event, Verdict
+from megatron_npd.schema import GIVEN_VERSION, TEACHER_VERSION, Event, Verdict
 from megatron_npd.teacher.annotation import annotate_shard
 from megatron_npd.teacher.heldout import HeldoutSet
 from megatron_npd.teacher.prefill import PrefillModel
@@ -119,9 +119,11 @@ class Annotator:
             return
         with doing(f"annotating {stage.name}, unit {unit + 1} of {stage.units}"), self._turn():
             started = time.monotonic()
-            if stage.version != TEACHER_VERSION:
-                self._use_student(stage.version)
-            student = self.student if stage.version != TEACHER_VERSION else None
+            version = stage.version_of(unit)
+            judged = version not in (TEACHER_VERSION, GIVEN_VERSION)
+            if judged:
+                self._use_student(version)
+            student = self.student if judged else None
             samples, tokens = annotate_shard(
                 shard, self.config, self.teacher, student, self.prefix, frozenset(self.end_tokens), self.vocabulary
             )
@@ -242,6 +244,7 @@ class Annotator:
             stage=stage.name,
             unit=unit,
             samples=len(samples),
+            given=stage.is_given(unit),
             kept=kept,
             rejected=dict(counts),
             tokens=tokens,

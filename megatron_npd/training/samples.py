@@ -7,22 +7,25 @@ bytes a sample (`open_stage`), and of tokens and top-k only what its own micro-b
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 
-from megatron_npd.buffer.plan import Stage
+from megatron_npd.buffer.plan import Stage, generator, given_of
 from megatron_npd.buffer.shards import ShardFile, read_or_quarantine
 from megatron_npd.config import Config
 from megatron_npd.data.batch import TrainingSample
 from megatron_npd.errors import UserError
 from megatron_npd.process.waiting import wait_for
 from megatron_npd.run_directory import RunDirectory
-from megatron_npd.schema import TEACHER_VERSION, Verdict
+from megatron_npd.schema import GIVEN_VERSION, TEACHER_VERSION, Verdict
+
+logger = logging.getLogger(__name__)
 
 OFFSETS = ("prompt_offsets", "response_offsets", "topk_offsets")
 SMALL_COLUMNS = ("prompt_index", "sample_index", "policy_version", "verdict", *OFFSETS)
@@ -43,6 +46,7 @@ class _Unit:
     identities: np.ndarray  # int64 [kept, 2]
     bounds: np.ndarray  # int64 [kept, 3, 2]: first and last + 1 of prompt, response and top-k rows
     verdicts: Counter[str]  # of all samples
+    is_given: bool
 
 
 class StageIndex:
@@ -52,11 +56,13 @@ class StageIndex:
         identities: int64 [n, 2] (prompt_index, sample_index).
         lengths: int64 [n], positions of each sample without alignment.
         verdicts: how many samples of the stage got which verdict, by its lower-case name.
+        given: how many of the samples are given responses.
     """
 
     def __init__(self, units: list[_Unit]):
         self.identities = np.concatenate([unit.identities for unit in units])
         self.verdicts: dict[str, int] = dict(sum((unit.verdicts for unit in units), Counter()))
+        self.given = sum(len(unit.identities) for unit in units if unit.is_given)
         self._bounds = np.concatenate([unit.bounds for unit in units])
         self._unit = np.repeat(np.arange(len(units)), [len(unit.identities) for unit in units])
         self._shards = [(unit.path, unit.checksum) for unit in units]
@@ -130,11 +136,33 @@ def open_stage(run: RunDirectory, config: Config, stage: Stage, newest_version: 
             than `rounds.max_policy_lag`, or annotated for another `training.kd_temperature`; the file is named.
     """
     units = [_open_unit(run, config, stage, unit, newest_version) for unit in range(stage.units)]
-    index = StageIndex(units)
+    index = StageIndex(_mixed(config, stage, units))
     if not len(index):
         reasons = ", ".join(f"{count} {name}" for name, count in sorted(index.verdicts.items()))
         raise UserError(f"{run.root}: {stage.name}: no sample was kept ({reasons}); see npd inspect --rejected")
     return index
+
+
+def _mixed(config: Config, stage: Stage, units: list[_Unit]) -> list[_Unit]:
+    """Of the given responses of a round as many as its share wants beside the others that were kept."""
+    if stage.version == TEACHER_VERSION or not stage.given:
+        return units
+    own, given = units[: stage.own_units], units[stage.own_units :]
+    kept, there = (sum(len(unit.identities) for unit in part) for part in (own, given))
+    wanted = given_of(config.rounds.given_share, kept)
+    if wanted > there:
+        logger.warning(
+            "%s: %d given responses are there beside %d others: a share of %.3f, not rounds.given_share = %g",
+            stage.name, there, kept, there / max(there + kept, 1), config.rounds.given_share,
+        )  # fmt: skip
+        return units
+    chosen = np.zeros(there, dtype=bool)
+    chosen[generator(config.seed, "given", stage.name).permutation(there)[:wanted]] = True
+    parts = np.split(chosen, np.cumsum([len(unit.identities) for unit in given])[:-1])
+    return own + [
+        replace(unit, identities=unit.identities[take], bounds=unit.bounds[take])
+        for unit, take in zip(given, parts, strict=True)
+    ]
 
 
 def _open_unit(run: RunDirectory, config: Config, stage: Stage, unit: int, newest_version: int) -> _Unit:
@@ -150,6 +178,7 @@ def _open_unit(run: RunDirectory, config: Config, stage: Stage, unit: int, newes
         identities=np.stack([columns["prompt_index"][kept], columns["sample_index"][kept].astype(np.int64)], axis=1),
         bounds=np.stack([np.stack([columns[name][kept], columns[name][kept + 1]], axis=1) for name in OFFSETS], axis=1),
         verdicts=Counter(Verdict(verdict).name.lower() for verdict in columns["verdict"]),
+        is_given=stage.is_given(unit),
     )
 
 
@@ -174,10 +203,10 @@ def _check_unit(
         columns["sample_index"], stage.sample_index[rows]
     ):
         raise ValueError(f"{path}: samples are not those of the plan")
-    versions = set(columns["policy_version"].tolist())
-    if versions - {stage.version}:
-        raise ValueError(f"{path}: policy versions {versions}, expected {stage.version}")
-    if stage.version != TEACHER_VERSION and newest_version - stage.version > max_policy_lag:
+    versions, expected = set(columns["policy_version"].tolist()), stage.version_of(unit)
+    if versions - {expected}:
+        raise ValueError(f"{path}: policy versions {versions}, expected {expected}")
+    if expected not in (TEACHER_VERSION, GIVEN_VERSION) and newest_version - stage.version > max_policy_lag:
         raise ValueError(
             f"{path}: sampled by version {stage.version}, newest is {newest_version}: "
             f"more than rounds.max_policy_lag = {max_policy_lag} behind"

@@ -31,9 +31,11 @@ class StepSums:
     ce: float
     kd: float
     tokens: float
+    sampled: float
+    """Tokens whose logprob under the policy that sampled them is known; of given responses it is not."""
     drift: float
-    """Σ r log r - r + 1 with r = π_current / π_gen of the sampled token: an unbiased, non-negative estimate of
-    tokens × KL(current || generator) from the generator's samples."""
+    """Of these, Σ r log r - r + 1 with r = π_current / π_gen of the sampled token: an unbiased, non-negative estimate
+    of tokens × KL(current || generator) from the generator's samples."""
 
 
 SUMS = [field.name for field in fields(StepSums)]
@@ -41,9 +43,11 @@ SUMS = [field.name for field in fields(StepSums)]
 
 
 def forward_step(
-    config: TrainingConfig, dims: ModelDims, parallel: Parallel
+    config: TrainingConfig, dims: ModelDims, parallel: Parallel, kd_lambda: float | None = None
 ) -> Callable[[Iterator[PackedBatch], torch.nn.Module], tuple[torch.Tensor, Callable[..., Any]]]:
     """Megatron's forward-step function for (1 - λ)·CE + λ·KD on packed batches.
+
+    λ is `kd_lambda`, or where that is None `training.kd_lambda`.
 
     Its loss function returns the sum over this share's response tokens and their number; Megatron divides the gradients
     once by the number over the whole global batch: all micro-batches, data- and context-parallel ranks.
@@ -68,14 +72,15 @@ def forward_step(
                 hidden_NH,
                 head_weight(model),
                 *annotation,
-                kd_lambda=config.kd_lambda,
+                kd_lambda=config.kd_lambda if kd_lambda is None else kd_lambda,
                 tail=config.tail,
                 temperature=config.kd_temperature,
                 parallel=parallel,
                 valid=valid,
                 chunk_tokens=config.logits_chunk_tokens,
             )
-            log_ratio_N = -losses.ce - behaviour_N
+            sampled_N = ~behaviour_N.isnan()
+            log_ratio_N = torch.where(sampled_N, -losses.ce - behaviour_N, 0.0)
             ratio_N = log_ratio_N.exp()
             tokens = torch.tensor(len(batch.rows), device=parallel.device)
             terms = {
@@ -83,6 +88,7 @@ def forward_step(
                 "ce": losses.ce,
                 "kd": losses.kd,
                 "tokens": torch.ones_like(losses.ce),
+                "sampled": sampled_N,
                 "drift": ratio_N * log_ratio_N - ratio_N + 1,
             }
             report = torch.stack([terms[name].double().sum() for name in SUMS])

@@ -30,8 +30,9 @@ class StepReport:
 
     @property
     def drift(self) -> float | None:
-        """KL(current || generator), nats a token, estimated on these samples; None: the teacher's samples."""
-        return None if self.policy_lag is None else self.sums.drift / self.sums.tokens
+        """KL(current || generator), nats a token, estimated on those of these samples that a policy sampled; None: none
+        did, or it was the teacher."""
+        return None if self.policy_lag is None or not self.sums.sampled else self.sums.drift / self.sums.sampled
 
     def metrics(self) -> dict[str, float | int | None]:
         """By metric name."""

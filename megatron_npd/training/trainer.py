@@ -29,6 +29,7 @@ from megatron_npd.process import stopping
 from megatron_npd.process.activity import doing, waiting
 from megatron_npd.process.memory import release_unused
 from megatron_npd.roles import TRAINER
+from megatron_npd.run_directory import WARMUP_STAGE
 from megatron_npd.schema import TEACHER_VERSION, Event
 from megatron_npd.training.position import Position
 from megatron_npd.training.publishing import make_publisher, publish, write_student
@@ -113,7 +114,11 @@ class Trainer:
         samples = self._wait_and_open(stage)
         steps = self._plan_steps(stage, samples)
         done = self.position.enter(stage.name)
-        logger.info("%s: %d samples, %d of %d steps left", stage.name, len(samples), len(steps) - done, len(steps))
+        given = f", {samples.given} of them given" if samples.given else ""
+        logger.info(
+            "%s: %d samples%s, %d of %d steps left", stage.name, len(samples), given, len(steps) - done, len(steps)
+        )
+        self.context.log(Event.STAGE, stage=stage.name, samples=len(samples), given=samples.given, steps=len(steps))
         publish_at = publishing_step(self.config, self.plan, stage, len(steps))
         prepare: Callable[[Step], Prepared] = functools.partial(self._prepare, samples)
         if self.parallel.device != "cpu":  # where the CPU computes, a thread beside it would only take turns with it
@@ -180,7 +185,8 @@ class Trainer:
         seconds = time.monotonic() - started  # of making the batches, or of waiting for the thread that does
         with self._turn():
             started = time.monotonic()
-            loss_step = forward_step(training, student.dims, parallel)
+            kd_lambda = self.config.warmup.kd_lambda if stage.name == WARMUP_STAGE else training.kd_lambda
+            loss_step = forward_step(training, student.dims, parallel, kd_lambda)
             reports, norm = train_step(student.trainable, batches, loss_step, training.sequence_length, rate)
             sums = collect_sums(reports, parallel) if parallel.is_last_stage else None
             sums = broadcast_object(sums, source=parallel.logging_rank)  # a GPU's update of the weights is done by now
