@@ -61,9 +61,6 @@ def role_memories(
         heldout = _responses([plan.stages[HELDOUT_STAGE]])
         of_teacher = _responses(plan.teacher_stages)
         of_a_round = max((_responses([stage]) for stage in plan.round_stages), default=0)
-            _responses(plan.teacher_stages),
-            max((_responses([s]) for s in plan.round_stages), default=0),
-        )
     students = [rollout_memory(config, student, device, responses=of_a_round)] if config.rounds.count else []
     return [
         trainer_memory(config, student, device),

@@ -24,8 +24,6 @@ class StageWork:
     """Policy version that generates it, or TEACHER_VERSION."""
     units: list[int]
     """Responses of each unit."""
-    given_units: int
-    """Of these, so many at the end are given responses, which nobody samples."""
     prefilled_tokens: float
     """Tokens the annotators prefill for one response; 0: the stage is not annotated."""
     packs_of_steps: list[int]
@@ -33,6 +31,8 @@ class StageWork:
     publish_after: int = 0
     """Step (1-based) after which `publishes` is published."""
     publishes: int = 0
+    given_units: int = 0
+    """Of the units, so many at the end are given responses, which nobody samples."""
 
     @property
     def is_teachers(self) -> bool:
@@ -73,7 +73,7 @@ def _stage(config: Config, plan: Plan, rates: Rates, stage: Stage) -> StageWork:
     rows = (stage.rows(unit) for unit in range(stage.units))
     units = [row.stop - row.start for row in rows]
     if stage.name == HELDOUT_STAGE:
-        return StageWork(stage.name, stage.version, units, 0, 0.0, [])
+        return StageWork(stage.name, stage.version, units, 0.0, [])
     samples = rates.samples
     by_teacher = stage.name == WARMUP_STAGE
     conditional = samples.prompt_tokens + samples.response_tokens
@@ -84,7 +84,6 @@ def _stage(config: Config, plan: Plan, rates: Rates, stage: Stage) -> StageWork:
         stage.name,
         stage.version,
         units,
-        stage.units - stage.own_units,
         # A student's response is scored by the teacher with the prompt, and by both models without it.
         (samples.warmup_prefilled_tokens or conditional)
         if by_teacher
@@ -92,6 +91,7 @@ def _stage(config: Config, plan: Plan, rates: Rates, stage: Stage) -> StageWork:
         steps,
         publishing_step(config, plan, stage, len(steps)),
         stage.publishes,
+        stage.units - stage.own_units,
     )
 
 

@@ -17,6 +17,7 @@ from megatron_npd.models.hf_config import eos_token_ids
 from megatron_npd.prepare.prompt_checks import notes_of, overlap_of
 from megatron_npd.prepare.shared_tokenizer import shared_tokenizer
 from megatron_npd.prepare.tokenise import TokenisedPrompts, tokenised
+from megatron_npd.roles import ANNOTATOR
 
 BARS = 12
 """Bars of the histogram."""
@@ -58,7 +59,7 @@ def report_on_file(path: str, folder: Path, overrides: list[str], show: int) -> 
         "run_directory": "-",
         "models": {"teacher": str(folder), "student": str(folder)},
         "prompts": {"train": path, "heldout": path},
-        "annotator": {"pack_length": 1 << 20},
+        ANNOTATOR: {"pack_length": 1 << 20},
         "training": {"sequence_length": 1 << 20},
     }
     config = make_config(raw, overrides, path)

@@ -24,7 +24,7 @@ class Responses:
     out_of_vocabulary: np.ndarray
     """bool [N], whether an id is unknown to one of the models."""
     by_teacher: bool = False
-    """The teacher's own or given ones: no student scores them, no unconditional pass is made, and those NLLs are NaN."""
+    """The teacher's own or given ones: no student scores them, and no unconditional pass is made: NaN."""
 
 
 @dataclass(frozen=True)
