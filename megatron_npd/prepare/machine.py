@@ -83,9 +83,9 @@ def machine_lines(config: Config, teacher: ModelDims, student: ModelDims) -> Ite
 def _need(config: Config, teacher: ModelDims, student: ModelDims, memory: host.Memory) -> Need:
     taken = dict(_of_roles(config, teacher, student))
     largest = max(taken, key=lambda role: taken[role])
-    sidecars = [taken[role] for role in SIDECAR.values()]
+    sidecars = [taken[role] for role in SIDECAR.values() if role in taken]
     # In turns the student's sidecar starts when the teacher's has left (`roles.Work.wants_student`).
-    left = min(sidecars) if takes_turns(config) else 0.0
+    left = min(sidecars) if takes_turns(config) and len(sidecars) > 1 else 0.0
     return Need(sum(taken.values()) - left, taken[largest], largest, memory)
 
 

@@ -22,6 +22,7 @@ from megatron_npd.buffer.plan import make_plan, sampling_seed, training_order
 from megatron_npd.buffer.shards import CorruptShardError, read_or_quarantine, read_shard, write_shard
 from megatron_npd.config import Config
 from megatron_npd.run_directory import RunDirectory
+from megatron_npd.schema import GIVEN_VERSION
 
 # --- shards ---
 
@@ -145,6 +146,61 @@ def test_units_partition_a_stage_and_identities_are_unique(
         assert bounds[0].start == 0
         assert bounds[-1].stop == len(stage.prompt_index)
         assert all(one.stop == two.start for one, two in pairwise(bounds))
+
+
+@given(
+    prompts=st.integers(1, 40),
+    answered=st.sets(st.integers(0, 39)),
+    share=st.floats(0.0, 0.9),
+    per_round=st.integers(0, 50),
+    samples=st.integers(1, 3),
+    per_unit=st.integers(1, 20),
+)
+def test_given_responses_come_after_a_rounds_own(
+    prompts: int, answered: set[int], share: float, per_round: int, samples: int, per_unit: int
+) -> None:
+    there = np.array(sorted(index for index in answered if index < prompts), np.int64)
+    rounds = {"count": 3, "prompts_per_round": per_round, "samples_per_prompt": samples, "given_share": share}
+    config = make_config(rounds=rounds, rollout={"samples_per_unit": per_unit})
+    plan, without = (
+        make_plan(config, prompts, 1, there),
+        make_plan(make_config(rounds=rounds | {"given_share": 0.0}), prompts, 1),
+    )
+    for stage in plan.round_stages:
+        own = np.arange(stage.own)
+        assert np.array_equal(stage.prompt_index[own], without.stages[stage.name].prompt_index), "as without given ones"
+        assert stage.given == min(round(stage.own * share / (1 - share)), len(there))
+        assert set(stage.prompt_index[stage.own :].tolist()) <= set(there.tolist())
+        assert set(stage.sample_index[stage.own :].tolist()) <= {samples}
+        identities = set(zip(stage.prompt_index.tolist(), stage.sample_index.tolist(), strict=True))
+        assert len(identities) == len(stage.prompt_index) == stage.own + stage.given
+        rows = [row for unit in range(stage.units) for row in range(*stage.rows(unit).indices(len(identities)))]
+        assert rows == list(range(len(identities))), "units partition the stage"
+        for unit in range(stage.units):
+            assert (
+                (stage.version_of(unit) == GIVEN_VERSION)
+                == stage.is_given(unit)
+                == (stage.rows(unit).start >= stage.own)
+            )
+
+
+def test_rounds_walk_through_all_given_responses_before_one_comes_again() -> None:
+    config = make_config(rounds={"count": 4, "prompts_per_round": 10, "given_share": 0.5})
+    answered = np.arange(0, 80, 2)
+    rounds = [stage.prompt_index[stage.own :].tolist() for stage in make_plan(config, 100, 1, answered).round_stages]
+    assert sorted(np.concatenate(rounds).tolist()) == answered.tolist()
+
+
+def test_a_warm_up_on_data_takes_the_prompts_that_have_a_response() -> None:
+    answered = np.array([3, 5, 8, 9])
+    config = make_config(warmup={"source": "data"}, rounds={"count": 0})
+    plan = make_plan(config, 20, 4, answered)
+    warmup = plan.stages["warmup"]
+    assert warmup.prompt_index.tolist() == answered.tolist() and warmup.own == 0 and warmup.given == 4
+    assert (plan.first_round_version, plan.final_version, plan.round_stages) == (1, 1, [])
+    assert warmup.publishes == 1 and plan.training_stages == [warmup]
+    some = make_plan(make_config(warmup={"source": "data", "prompts": 2}), 20, 4, answered).stages["warmup"]
+    assert len(some.prompt_index) == 2 and set(some.prompt_index.tolist()) < set(answered.tolist())
 
 
 def test_warmup_takes_all_prompts_or_some_at_random() -> None:

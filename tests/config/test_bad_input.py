@@ -145,6 +145,16 @@ TOKENIZER_FAULTS: dict[str, tuple[Callable[[Inputs], object], list[str]]] = {
     ),
 }
 
+
+def write_answers(path: Path, count: int, answered: int, answer: str = "yes") -> None:
+    """Prompts, the first of which have a given response."""
+    rows = [
+        {"id": f"t{i}", "prompt": f"What is {i}?"} | ({"response": answer} if i < answered else {})
+        for i in range(count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 PICKY_TEMPLATE = "{% if messages[0]['content'] == 'Name 1 things.' %}{{ raise_exception('No!') }}{% endif %}" + TEMPLATE
 
 PROMPT_FAULTS: dict[str, tuple[Callable[[Inputs], object], list[str]]] = {
@@ -172,6 +182,47 @@ PROMPT_FAULTS: dict[str, tuple[Callable[[Inputs], object], list[str]]] = {
     "in both files": (
         lambda i: write_prompts(i.heldout, {"new": "hm", "same": "What is 3 plus 3?"}),
         ["heldout.jsonl", "'same'", "'t3'", "train.jsonl", "held-out"],
+    ),
+    "lines that are none": (
+        lambda i: i.train.write_text('{"prompt": "a\u2028b"} {"prompt": "c"}'),
+        ["train.jsonl:1", "not JSON", "Extra data"],
+    ),
+    "a key that nothing reads": (
+        lambda i: i.train.write_text('{"prompt": "hi", "anser": "x"}'),
+        ["train.jsonl:1", "'anser' is read by nothing", "prompts.columns.unused"],
+    ),
+    "a setting the template has not": (
+        lambda i: i.set("prompts.chat_template_kwargs", {"enable_thinking": False}),
+        ["train.jsonl:1", "'t0'", "does not read 'enable_thinking'"],
+    ),
+    "a setting that is none": (
+        lambda i: i.set("prompts.chat_template_kwargs", {"messages": []}),
+        ["prompts.chat_template_kwargs", "messages is not a setting"],
+    ),
+    "a system turn of plain texts": (
+        lambda i: [i.set("prompts.format", "text"), i.set("prompts.system", "x")],
+        ["prompts", "system = 'x'", "format = 'text'"],
+    ),
+    "chats as plain texts": (lambda i: i.set("prompts.format", "text"), ["train.jsonl:1", "holds a chat"]),
+    "no parquet file": (
+        lambda i: [i.train.rename(i.root / "t.parquet"), i.set("prompts.train", str(i.root / "t.parquet"))],
+        ["t.parquet", "not a readable parquet file"],
+    ),
+    "no given response": (
+        lambda i: i.set("warmup.source", "data"),
+        ["warmup.source = 'data'", "train.jsonl", "gives no response", "'response'"],
+    ),
+    "fewer given responses": (
+        lambda i: [write_answers(i.train, 6, 2), i.set("warmup", {"source": "data", "prompts": 3})],
+        ["warmup.prompts = 3", "the 2 given responses"],
+    ),
+    "too few for the share": (
+        lambda i: [write_answers(i.train, 6, 2), i.set("rounds.given_share", 0.5)],
+        ["rounds.given_share = 0.5", "wants 6 given responses beside the 6 others", "the 2 given responses"],
+    ),
+    "a given response that is too long": (
+        lambda i: [write_answers(i.train, 6, 2, "x" * 40), i.set("warmup.source", "data")],
+        ["train.jsonl", "prompt 't0''s given response has 41 tokens", "rollout.max_new_tokens = 32", "2 such prompts"],
     ),
     "refused by the template": (
         lambda i: [make_tokenizer(folder, template=PICKY_TEMPLATE) for folder in (i.teacher, i.student)],
@@ -213,6 +264,12 @@ SIZE_FAULTS: dict[str, tuple[Callable[[Inputs], object], list[str]]] = {
         lambda i: i.set("warmup.prompts", 7),
         ["warmup.prompts = 7", "6 prompts", "train.jsonl"],
     ),
+    "nothing to train on": (lambda i: i.set("rounds.count", 0), ["rounds.count = 0", "needs a warm-up"]),
+    "several given responses for a prompt": (
+        lambda i: i.set("warmup", {"source": "data", "samples_per_prompt": 2}),
+        ["warmup.samples_per_prompt = 2", "must be 0 or 1"],
+    ),
+    "a share of all": (lambda i: i.set("rounds.given_share", 1.0), ["rounds.given_share = 1.0", "less than 1"]),
     "unknown key": (lambda i: i.set("training.learning_rate", 1.0), ["training.learning_rate", "did you mean"]),
 }
 

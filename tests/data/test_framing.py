@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_tokenizer import TEMPLATE, make_tokenizer
+from tiny_tokenizer import TEMPLATE, THINKING, make_tokenizer
 
 from megatron_npd.data.framing import Framed, Framer, Notes
 from megatron_npd.data.prompt_rows import Prompt
@@ -16,17 +16,6 @@ from megatron_npd.errors import UserError
 
 END = 2
 """Id of </s>, which the template closes turns with."""
-
-THINKING = (
-    "{% for message in messages %}<s>{{ message['role'] }}\n"
-    "{% if message['role'] == 'assistant' %}"
-    "{% if loop.last %}(think){{ message.get('reasoning_content', '') }}(end)\n{% endif %}"
-    "{{ message['content'].split('(end)')[-1].strip() }}"
-    "{% else %}{{ message['content'] }}{% endif %}</s>\n{% endfor %}"
-    "{% if add_generation_prompt %}<s>assistant\n"
-    "{% if enable_thinking is defined and not enable_thinking %}(think)(end)\n{% endif %}{% endif %}"
-)
-"""As Qwen3's: thinking is switched off by an empty thought before the answer, and earlier thoughts are dropped."""
 
 
 def tokenizer_of(folder: Path, template: str | None = TEMPLATE, **special: str) -> Tokenizer:

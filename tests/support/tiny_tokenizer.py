@@ -12,6 +12,17 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
 )
 
+THINKING = (
+    "{% for message in messages %}<s>{{ message['role'] }}\n"
+    "{% if message['role'] == 'assistant' %}"
+    "{% if loop.last %}(think){{ message.get('reasoning_content', '') }}(end)\n{% endif %}"
+    "{{ message['content'].split('(end)')[-1].strip() }}"
+    "{% else %}{{ message['content'] }}{% endif %}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}(think)(end)\n{% endif %}{% endif %}"
+)
+"""As Qwen3's: thinking is switched off by an empty thought before the answer, and earlier thoughts are dropped."""
+
 
 def make_tokenizer(
     folder: Path, *, template: str | None = TEMPLATE, more: tuple[str, ...] = (), **special: str

@@ -29,7 +29,7 @@ from megatron_npd.buffer.shards import (
 from megatron_npd.data.batch import TrainingSample
 from megatron_npd.errors import UserError
 from megatron_npd.run_directory import RunDirectory
-from megatron_npd.schema import COLUMNS, TEACHER_VERSION, Verdict
+from megatron_npd.schema import COLUMNS, GIVEN_VERSION, TEACHER_VERSION, Verdict
 from megatron_npd.training import samples
 from megatron_npd.training.samples import StageIndex, open_stage, wait_for_stage
 
@@ -378,3 +378,64 @@ def test_waiting_verifies_whole_files(tmp_path: Path) -> None:
         patch.setattr("megatron_npd.process.waiting.time.sleep", redo)
         wait_for_stage(run, config, stage)
     assert [entry.name for entry in path.parent.iterdir()] == ["unit_000000.safetensors.quarantined"]
+
+
+# --- given responses beside others ---
+
+
+def make_mixed(root: Path, own: Sizes, given: int, share: float) -> tuple[RunDirectory, Stage, dict[str, object]]:
+    """A round of one unit that version 0 sampled, and units of two given responses each."""
+    run, unit = RunDirectory(root), len(own)
+    stage = Stage(
+        "round_0000",
+        "train",
+        0,
+        np.arange(unit + given),
+        np.repeat(np.array([0, 1], np.int32), [unit, given]),
+        unit,
+        given,
+    )
+    write_shard(run.unit("samples", stage.name, 0), make_unit(own, 0))
+    for number in range(1, stage.units):
+        rows = stage.rows(number)
+        shard = make_unit([(2, 4, KEPT)] * (rows.stop - rows.start), rows.start, version=GIVEN_VERSION)
+        shard.columns["sample_index"] = stage.sample_index[rows]
+        write_shard(run.unit("samples", stage.name, number), shard)
+    return run, stage, {"rounds": {"given_share": share}}
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.5, 5), (0.25, 2), (0.0, 0), (0.7, 12)])
+def test_given_responses_are_taken_in_the_stated_share_of_what_was_kept(
+    tmp_path: Path, share: float, expected: int
+) -> None:
+    """5 of SIZES are kept; the share is one of what is trained on, however many were rejected."""
+    run, stage, sections = make_mixed(tmp_path, SIZES, 14, share)
+    index = opened(run, stage, **sections)
+    assert (len(index), index.given) == (5 + expected, expected)
+    assert len({tuple(pair) for pair in index.identities.tolist()}) == len(index)
+    again = opened(run, stage, **sections)
+    assert np.array_equal(index.identities, again.identities), "a restart takes the same ones"
+    other = opened(run, stage, **sections, seed=77)
+    assert expected in (0, 14) or not np.array_equal(index.identities, other.identities)
+    read = index.read(list(range(len(index))))
+    assert [len(sample.response_ids) for sample in read[5:]] == [4] * expected
+
+
+def test_too_few_given_responses_are_all_taken_and_it_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run, stage, sections = make_mixed(tmp_path, SIZES, 3, 0.5)
+    with caplog.at_level("WARNING"):
+        assert opened(run, stage, **sections).given == 3
+    assert "3 given responses are there beside 5 others: a share of 0.375" in caplog.text
+
+
+def test_given_responses_do_not_grow_stale_but_must_be_given(tmp_path: Path) -> None:
+    run, stage, sections = make_mixed(tmp_path, SIZES, 7, 0.5)
+    with pytest.raises(ValueError, match=r"unit_000000\.safetensors: sampled by version 0, newest is 2"):
+        opened(run, stage, newest_version=2, **sections)
+    path = run.unit("samples", stage.name, 1)
+    shard = read_shard(path, "samples")
+    shard.columns["policy_version"] = np.zeros(len(shard), np.int32)
+    path.unlink()
+    write_shard(path, shard)
+    with pytest.raises(ValueError, match=r"unit_000001\.safetensors: policy versions \{0\}, expected -2"):
+        opened(run, stage, **sections)
