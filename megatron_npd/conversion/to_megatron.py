@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,10 @@ from megatron_npd.models.hf_checkpoint import weight_files
 from megatron_npd.models.hf_config import read_model_dims
 from megatron_npd.process.memory import PeakMemory
 from megatron_npd.weights.companions import copy_companions
+from megatron_npd.weights.soundness import check_weights
 from megatron_npd.weights.source import HuggingFaceSource, groups_of
+
+logger = logging.getLogger(__name__)
 
 HUGGING_FACE = "hf"
 """Folder of a converted checkpoint that holds configuration and tokenizer."""
@@ -41,6 +45,9 @@ def to_megatron(
     layout, groups = checkpoint_layout(dims, parallel), groups_of(dims)
     with PeakMemory(period_seconds=SAMPLE_SECONDS) as peak:
         tensors = HuggingFaceSource(source, dims)
+        for what in tensors.places.left_out:
+            logger.warning("%s: not read: %s", source, what)
+        check_weights(str(source), tensors.places, dims)
         tensors.check_shapes({name: place.shape for name, place in layout.places.items()})
         dtypes = {name: dtype or tensors.dtype(name) for group in groups for name in group}
         _check_one_dtype_each(source, layout, dtypes)

@@ -21,7 +21,7 @@ from megatron_npd.files import read_json
 from megatron_npd.mcore.checkpoint import load_model_only
 from megatron_npd.mcore.model import ModelOptions, build_gpt, forward_packed, projected
 from megatron_npd.mcore.torch_dist import TorchDistReader, checkpoint_layout
-from megatron_npd.models.hf_checkpoint import weight_files
+from megatron_npd.models.hf_checkpoint import tensor_files
 from megatron_npd.models.hf_config import ModelDims, read_model_dims
 from megatron_npd.weights.tensor_file import stored_tensors
 
@@ -52,7 +52,7 @@ def compare_tensors(
     stored = StoredModel(TorchDistReader(checkpoint), checkpoint_layout(dims, parallel), dims)
     names = list(stored.specs(None))
     stored.will_read(names)
-    theirs, dtypes = stored_tensors(weight_files(folder)), {}
+    theirs, dtypes = stored_tensors(tensor_files(folder)), {}
     for name in names:
         their, our = theirs[name].read(), stored.read(name)
         dtypes[name] = (their if written == "hf" else our).dtype

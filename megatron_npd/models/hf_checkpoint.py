@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -18,6 +18,18 @@ INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
+class TensorFiles:
+    """From which file each tensor of a checkpoint is read: where there is an index, it decides."""
+
+    of: dict[str, Path]
+    """By tensor name."""
+    shapes: dict[str, tuple[int, ...]]
+    """By tensor name."""
+    left_out: list[str]
+    """Files and copies of tensors that the index does not name, for people."""
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint folder that passed `check_checkpoint`."""
 
@@ -27,6 +39,8 @@ class Checkpoint:
     dims: ModelDims
     eos_ids: list[int]
     """Token ids that end its responses."""
+    tensors: TensorFiles | None = None
+    """Where its weights lie; None: they were not looked for."""
 
     def __str__(self) -> str:
         return f"{self.key} = {self.folder}"
@@ -43,7 +57,7 @@ def check_checkpoint(key: str, folder: Path, with_weights: bool = True) -> Check
         raise UserError(f"{key} = {folder}: no such folder; must be a Hugging Face checkpoint")
     checkpoint = Checkpoint(key, folder, read_model_dims(folder), eos_token_ids(folder))
     if with_weights:
-        _check_tensors(checkpoint)
+        checkpoint = replace(checkpoint, tensors=_check_tensors(checkpoint))
     for eos in checkpoint.eos_ids:
         if not 0 <= eos < checkpoint.dims.vocab_size:
             raise UserError(
@@ -53,7 +67,7 @@ def check_checkpoint(key: str, folder: Path, with_weights: bool = True) -> Check
 
 
 def weight_files(folder: Path, called: str = "") -> list[Path]:
-    """The safetensors files of a checkpoint: those its index lists and those beside them, by name.
+    """The safetensors files of a checkpoint, by name: those its index lists, or without an index all there are.
 
     `called`: what messages call the folder, e.g. with the key that names it.
 
@@ -61,13 +75,44 @@ def weight_files(folder: Path, called: str = "") -> list[Path]:
         UserError: there is none, or one that the index lists is missing.
     """
     called = called or str(folder)
-    names = {file.name for file in folder.glob("*.safetensors")} | _listed_files(folder / INDEX)
+    listed = set(_weight_map(folder / INDEX).values())
+    names = listed or {file.name for file in folder.glob("*.safetensors")}
     if not names:
         raise UserError(f"{called}: no *.safetensors file in it; weights must be in the safetensors format")
     for name in sorted(names):
         if not (folder / name).is_file():
             raise UserError(f"{called}: weight file {name} is missing, though {INDEX} lists it")
     return [folder / name for name in sorted(names)]
+
+
+def tensor_files(folder: Path, called: str = "") -> TensorFiles:
+    """Where the tensors of a checkpoint lie, from the headers of its files. All that reads weights goes by it.
+
+    Raises:
+        UserError: see `weight_files`; a file is damaged or cut short, does not hold what the index says, or, without an
+            index, holds a tensor that another one holds as well.
+    """
+    called = called or str(folder)
+    index, files = _weight_map(folder / INDEX), weight_files(folder, called)
+    unlisted = sorted({file.name for file in folder.glob("*.safetensors")} - {file.name for file in files})
+    left_out = [f"file {name}, which {INDEX} does not list" for name in unlisted]
+    of: dict[str, Path] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        for name, shape in _read_shapes(file).items():
+            if index and index.get(name) != file.name:
+                left_out.append(f"tensor {name} of {file.name}, which {INDEX} does not name")
+            elif name in of:
+                raise UserError(
+                    f"{called}: tensor {name} is in {of[name].name} and in {file.name}; must be in one file, or "
+                    f"{INDEX} must say which counts"
+                )
+            else:
+                of[name], shapes[name] = file, shape
+    for name, file_name in index.items():
+        if name not in of:
+            raise UserError(f"{called}: {INDEX} says that {file_name} holds tensor {name}; it does not")
+    return TensorFiles(of, shapes, left_out)
 
 
 def check_names(called: str, found: Collection[str], dims: ModelDims) -> None:
@@ -90,26 +135,30 @@ def check_names(called: str, found: Collection[str], dims: ModelDims) -> None:
         )
 
 
-def _listed_files(index: Path) -> set[str]:
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> name of its file; empty without an index."""
     if not index.is_file():
-        return set()
+        return {}
     try:
-        return set(read_json(index)["weight_map"].values())
+        mapped = dict(read_json(index)["weight_map"])
+        if mapped and all(isinstance(name, str) and Path(name).name == name for name in mapped.values()):
+            return mapped
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{index}: not readable as an index; must be JSON with a weight_map of file names") from None
+        pass
+    raise UserError(f"{index}: not readable as an index; must be JSON with a weight_map of file names")
 
 
-def _check_tensors(checkpoint: Checkpoint) -> None:
-    """Every weight file, those the index lists included: names of all tensors, shape of the embedding."""
-    dims, shapes = checkpoint.dims, {}
-    for file in weight_files(checkpoint.folder, str(checkpoint)):
-        shapes |= _read_shapes(file)
-    check_names(str(checkpoint), shapes, dims)
+def _check_tensors(checkpoint: Checkpoint) -> TensorFiles:
+    """Names of all tensors, shape of the embedding."""
+    dims, found = checkpoint.dims, tensor_files(checkpoint.folder, str(checkpoint))
+    check_names(str(checkpoint), found.of, dims)
     expected = (dims.vocab_size, dims.hidden_size)
-    if shapes[EMBEDDING] != expected:
+    if found.shapes[EMBEDDING] != expected:
         raise UserError(
-            f"{checkpoint}: {EMBEDDING} has shape {shapes[EMBEDDING]}; must be {expected} (vocab_size, hidden_size)"
+            f"{checkpoint}: {EMBEDDING} has shape {found.shapes[EMBEDDING]}; must be {expected} (vocab_size, "
+            "hidden_size)"
         )
+    return found
 
 
 def _read_shapes(file: Path) -> dict[str, tuple[int, ...]]:

@@ -15,6 +15,7 @@ from megatron_npd.prepare.prompt_checks import checked_splits
 from megatron_npd.prepare.shared_tokenizer import shared_tokenizer
 from megatron_npd.prepare.tokenise import TokenisedPrompts
 from megatron_npd.teacher.prefix import unconditional_prefix
+from megatron_npd.weights.soundness import check_weights
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,10 @@ def preflight(config: Config, with_weights: bool = True) -> Inputs:
         UserError: the first fault found; its line names the key or file, the value and the rule.
     """
     teacher, student = check_models(config, with_weights)
+    for checkpoint in (teacher, student):
+        if checkpoint.tensors:
+            for what in checkpoint.tensors.left_out:
+                logger.warning("%s: not read: %s", checkpoint, what)
     tokenizer = shared_tokenizer(teacher, student, config.models.trust_remote_code)
     if teacher.dims.vocab_size != student.dims.vocab_size:
         logger.info(
@@ -62,6 +67,9 @@ def preflight(config: Config, with_weights: bool = True) -> Inputs:
     splits = checked_splits(config, tokenizer, student.eos_ids)
     train, heldout = splits[TRAIN], splits[HELDOUT]
     _check_counts(config, train)
+    for checkpoint in (teacher, student):  # last: it reads all of them
+        if checkpoint.tensors:
+            check_weights(str(checkpoint), checkpoint.tensors, checkpoint.dims)
     return Inputs(teacher, student, train, heldout)
 
 

@@ -13,7 +13,7 @@ from packaging.version import Version
 from megatron_npd.config import RolloutConfig
 from megatron_npd.errors import UserError
 from megatron_npd.hardware import device
-from megatron_npd.vllm_engine.plugin import BACKEND, register
+from megatron_npd.vllm_engine.plugin import BACKEND, LOAD_FORMAT, register
 
 BATCHED_TOKENS = 8192
 """Most prompt tokens computed at once on a CPU, unless a single prompt is longer."""
@@ -53,6 +53,8 @@ def start_vllm(
     return LLMEngine.from_engine_args(
         EngineArgs(
             model=str(folder),
+            load_format=LOAD_FORMAT,
+            config_format="hf",  # or a params.json beside config.json would count
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             max_model_len=max_model_len,

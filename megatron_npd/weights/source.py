@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_npd.errors import UserError
-from megatron_npd.models.hf_checkpoint import check_names, weight_files
+from megatron_npd.models.hf_checkpoint import check_names, tensor_files
 from megatron_npd.models.hf_config import ModelDims
 from megatron_npd.models.tensor_map import (
     all_hugging_face_names,
@@ -24,16 +24,16 @@ from megatron_npd.weights.tensor_file import DTYPES, stored_tensors
 
 @contextlib.contextmanager
 def open_checkpoint(folder: Path) -> Iterator[dict[str, Any]]:
-    """Tensor name -> open safetensors file, for every file of a checkpoint."""
+    """Tensor name -> the open safetensors file that it is read from, for every tensor of a checkpoint."""
+    places = tensor_files(folder).of
     with contextlib.ExitStack() as stack:
-        tensors: dict[str, Any] = {}
-        for path in weight_files(folder):
+        files: dict[Path, Any] = {}
+        for path in set(places.values()):
             try:
-                file = stack.enter_context(safe_open(path, "pt"))
+                files[path] = stack.enter_context(safe_open(path, "pt"))
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{path}: not a readable safetensors file ({error})") from None
-            tensors.update(dict.fromkeys(file.keys(), file))
-        yield tensors
+        yield {name: files[path] for name, path in places.items()}
 
 
 def groups_of(dims: ModelDims) -> list[list[str]]:
@@ -77,7 +77,8 @@ class HuggingFaceSource:
         """Raises UserError where files, names or data types are not right."""
         self._folder, self._dims = folder, dims
         self._parameters = parameter_map(dims)
-        self.tensors = stored_tensors(weight_files(folder))
+        self.places = tensor_files(folder)
+        self.tensors = stored_tensors(self.places)
         """By Hugging Face name, where each lies."""
         check_names(str(folder), self.tensors, dims)
         for name in all_hugging_face_names(dims):

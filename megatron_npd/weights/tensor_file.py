@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from megatron_npd.errors import UserError
+from megatron_npd.models.hf_checkpoint import TensorFiles
 from megatron_npd.safetensors_format import read_header
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -29,6 +29,7 @@ class StoredTensor:
     dtype_name: str
     """As the header has it; one of `DTYPES`, or a type that is not supported."""
     shape: tuple[int, ...]
+    nbytes: int
 
     def read(self) -> torch.Tensor:
         """The tensor, in memory of its own. Raises UserError where the file cannot be read."""
@@ -46,20 +47,19 @@ class StoredTensor:
         return tensor
 
 
-def stored_tensors(paths: list[Path]) -> dict[str, StoredTensor]:
+def stored_tensors(places: TensorFiles) -> dict[str, StoredTensor]:
     """Tensor name -> where it lies, from the headers of safetensors files; no tensor is read.
 
     Raises:
-        UserError: a file is not readable as safetensors, or cut short.
+        UserError: a file cannot be read.
     """
     found: dict[str, StoredTensor] = {}
-    for path in paths:
+    for path in sorted(set(places.of.values())):
         try:
-            with safe_open(path, framework="numpy"):
-                pass  # it checks the header, and the header against the file's length
             header = read_header(path)
-        except (SafetensorError, OSError) as error:
+        except (OSError, ValueError) as error:
             raise UserError(f"{path}: not a readable safetensors file ({error})") from None
         for name, stored in header.tensors.items():
-            found[name] = StoredTensor(path, stored.begin, stored.dtype, stored.shape)
+            if places.of.get(name) == path:
+                found[name] = StoredTensor(path, stored.begin, stored.dtype, stored.shape, stored.end - stored.begin)
     return found

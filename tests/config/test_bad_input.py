@@ -69,6 +69,17 @@ def shrink_embedding(path: Path) -> None:
     save_file(tensors, path, {"format": "pt"})
 
 
+def spoil_a_number(path: Path) -> None:
+    tensors = load_file(path)
+    tensors["model.norm.weight"][7] = np.nan
+    save_file(tensors, path, {"format": "pt"})
+
+
+def add_a_head(path: Path) -> None:
+    tensors = load_file(path)
+    save_file(tensors | {"lm_head.weight": 2 * tensors["model.embed_tokens.weight"]}, path, {"format": "pt"})
+
+
 def lose_a_listed_file(folder: Path) -> None:
     make_llama(folder, seed=0, num_hidden_layers=1, split=True)
     sorted(folder.glob("model-*.safetensors"))[1].unlink()
@@ -105,6 +116,14 @@ CHECKPOINT_FAULTS: dict[str, tuple[Callable[[Inputs], object], list[str]]] = {
     "a tensor missing": (
         lambda i: drop_tensor(i.student / "model.safetensors", "model.norm.weight"),
         ["models.student", "model.norm.weight", "missing"],
+    ),
+    "a broken number": (
+        lambda i: spoil_a_number(i.teacher / "model.safetensors"),
+        ["models.teacher", "model.norm.weight", "1 value NaN or infinite"],
+    ),
+    "a head that is not the tied one": (
+        lambda i: add_a_head(i.student / "model.safetensors"),
+        ["models.student", "tie_word_embeddings = true", "lm_head.weight", "set it to false"],
     ),
     "embedding of another size": (
         lambda i: shrink_embedding(i.student / "model.safetensors"),

@@ -76,5 +76,5 @@ def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
     folder = make_llama(tmp_path / "model", 0)
     dims = read_model_dims(folder)
     (folder / "model.safetensors").write_bytes(b"not safetensors")
-    with pytest.raises(UserError, match=r"model\.safetensors: not a readable safetensors file"):
+    with pytest.raises(UserError, match=r"model\.safetensors: damaged or cut short"):
         load_hugging_face({}, folder, dims, SINGLE)

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_npd.errors import UserError
+from megatron_npd.models.hf_checkpoint import tensor_files
 from megatron_npd.weights.safetensors_writer import TensorSpec, is_written, plan_files, write_file, write_index
 from megatron_npd.weights.tensor_file import stored_tensors
 
@@ -33,7 +34,7 @@ def test_shards_are_planned_by_size_and_read_by_safetensors(tmp_path: Path) -> N
         write_file(tmp_path, shard, tensors.__getitem__)
         assert is_written(tmp_path, shard)
     write_index(tmp_path, shards)
-    stored = stored_tensors([tmp_path / shard.file for shard in shards])
+    stored = stored_tensors(tensor_files(tmp_path))
     assert stored.keys() == tensors.keys()
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"] == {"total_size": sum(tensor.nbytes for tensor in tensors.values())}
@@ -59,7 +60,7 @@ def test_an_unfinished_or_other_shard_is_not_taken_for_written(tmp_path: Path) -
 def test_a_file_that_changes_while_it_is_read(tmp_path: Path) -> None:
     [shard] = plan_files([TensorSpec("a", (4,), torch.float32)], 100)
     write_file(tmp_path, shard, lambda _: torch.ones(4))
-    stored = stored_tensors([tmp_path / shard.file])["a"]
+    stored = stored_tensors(tensor_files(tmp_path))["a"]
     os.truncate(stored.path, stored.begin + 5)
     with pytest.raises(UserError, match="was cut short while it was read"):
         stored.read()
