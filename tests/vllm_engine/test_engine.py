@@ -29,6 +29,7 @@ from engines import (
 )
 from megatron_runs import run_ranks
 from places import SUPPORT
+from safetensors.torch import load_file, save_file
 from tiny_models import EOS, LLAMA3_ROPE, hf_logprobs, make_llama, make_model, probe_sequences, publish
 
 from megatron_npd.buffer.shards import read_shard
@@ -214,6 +215,22 @@ def test_engine_over_two_processes_is_refreshed(tmp_path):
     engine = RolloutEngine(old, 0, rollout, "float32", LONGEST)
     refresh(engine, new)
     assert check_parity(engine, read_parity_probe(new), ROLLOUT).max < TOLERANCE
+
+
+def test_the_engine_reads_the_files_that_the_index_says(tmp_path):
+    """Old copies lie in a listed file, beside them, and under the name of Mistral's own format."""
+    folder = make_llama(tmp_path / "teacher", 5, tied=False, split=True)
+    expected = hf_logprobs(folder, probe_sequences())
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    tensors = {name: load_file(folder / file)[name] for name, file in index.items()}
+    old = {name: torch.full_like(tensor, 0.5) for name, tensor in tensors.items()}
+    for file in set(index.values()):
+        mine = {name: tensors[name] for name, of in index.items() if of == file}
+        save_file(old | mine, folder / file, {"format": "pt"})
+    for stale in ("consolidated.safetensors", "model.safetensors", "z.safetensors"):
+        save_file(old, folder / stale, {"format": "pt"})
+    engine = start(folder, TEACHER_VERSION)
+    assert largest_difference(engine.logprobs(probe_sequences()), expected) < TOLERANCE
 
 
 def test_openpangus_own_code_is_not_run(tmp_path):
