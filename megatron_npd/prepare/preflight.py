@@ -50,6 +50,10 @@ def preflight(config: Config, with_weights: bool = True) -> Inputs:
             teacher.dims.vocab_size,
             student.dims.vocab_size,
         )
+    if config.annotator.top_k > tokenizer.ids:
+        raise UserError(
+            f"annotator.top_k = {config.annotator.top_k}: must not exceed the tokenizer's {tokenizer.ids} ids"
+        )
     unconditional_prefix(tokenizer, config.selection.unconditional_prefix)
     prompts = config.prompts
     train, heldout = tokenised_splits(tokenizer, prompts.train, prompts.heldout, prompts.max_prompt_tokens)
