@@ -6,6 +6,7 @@ import logging
 
 from megatron_npd.data.json_tokenizer import JSON_FILE, json_tokenizer
 from megatron_npd.data.round_trip import SAMPLE_TEXTS, changes, different_ids
+from megatron_npd.data.sentencepiece_tokenizer import MODEL_FILE, SentencePieceTokenizer
 from megatron_npd.data.tokenizer import Tokenizer, auto_tokenizer, code_of, load_tokenizer
 from megatron_npd.data.tokenizer_settings import read_settings
 from megatron_npd.errors import UserError
@@ -50,6 +51,7 @@ def shared_tokenizer(teacher: Checkpoint, student: Checkpoint, trust_remote_code
     _speak_of_surplus(teacher, student, of_teacher, of_student)
     _speak_of_turn_end(student, of_student)
     _speak_of_auto_tokenizer(student, of_student)
+    _speak_of_pieces(student, of_student)
     return of_student
 
 
@@ -204,6 +206,27 @@ def _speak_of_auto_tokenizer(student: Checkpoint, tokenizer: Tokenizer) -> None:
         "%s: transformers' AutoTokenizer %s; this run uses %s itself. Load the student's with "
         "PreTrainedTokenizerFast(tokenizer_file=...)", student, found, JSON_FILE,
     )  # fmt: skip
+
+
+def _speak_of_pieces(student: Checkpoint, tokenizer: Tokenizer) -> None:
+    """Say where transformers reads a bare tokenizer.model otherwise than SentencePiece does.
+
+    It does so after control tokens and where spaces lead, by the setting `legacy`, whose default is another in 4 and 5.
+    """
+    bare = (student.folder / MODEL_FILE).is_file() and not (student.folder / JSON_FILE).is_file()
+    if not bare or isinstance(tokenizer.encoder, SentencePieceTokenizer):
+        return
+    try:
+        pieces = SentencePieceTokenizer(student.folder, read_settings(student.folder))
+    except (ValueError, OSError):  # what it refuses transformers has read
+        return
+    other = Tokenizer(pieces, False, tokenizer.control_tokens)
+    text = different_ids(other, tokenizer, (*SAMPLE_TEXTS, "  leading", _with_control_tokens(tokenizer)))
+    if text is not None:
+        logger.warning(
+            "%s: transformers reads %r otherwise than SentencePiece reads %s; this run does as transformers (see "
+            "`legacy` in tokenizer_config.json)", student, text, MODEL_FILE,
+        )  # fmt: skip
 
 
 def _with_control_tokens(tokenizer: Tokenizer) -> str:
