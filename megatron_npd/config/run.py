@@ -20,6 +20,11 @@ from megatron_npd.config.section import Section
 from megatron_npd.config.slurm import SlurmConfig
 from megatron_npd.errors import UserError
 
+MOST_THREADS = 4096
+"""More than a machine has cores; OpenMP ends a process that asks for many more."""
+LARGEST_SEED = 2**62
+"""torch's generators take 64 bits, and Megatron adds to it."""
+
 
 class ModelsConfig(Section):
     teacher: str
@@ -59,22 +64,24 @@ class RoundsConfig(Section):
 class RolloutConfig(Section):
     max_new_tokens: int = Field(1024, ge=1)
     """Response length limit, tokens, end token included."""
-    temperature: float = Field(1.0, gt=0.0)
-    """Sampling temperature. Scores are at temperature 1 whatever this is."""
+    temperature: float = Field(1.0, ge=0.01, le=2.0)
+    """Sampling temperature. Scores are at temperature 1 whatever this is. vLLM refuses more than 2, and would take 0.01
+    for what is less."""
     top_p: float = Field(1.0, gt=0.0, le=1.0)
     """Nucleus sampling mass."""
     samples_per_unit: int = Field(64, ge=1)
     """Responses in one unit of leased work, that is in one shard."""
-    max_num_seqs: int = Field(0, ge=0)
-    """Sequences the engine decodes at once. 0: 256 on a CPU, and on a GPU what vLLM takes for it (0.32 and 0.33: 1,024
-    with 70 GiB or more, but 256 on an A100)."""
+    max_num_seqs: int = Field(0, ge=0, le=8192)
+    """Sequences the engine decodes at once, at most as many as it computes tokens at a time. 0: 256 on a CPU, and on a
+    GPU what vLLM takes for it (0.32 and 0.33: 1,024 with 70 GiB or more, but 256 on an A100)."""
     kv_cache_gib: float = Field(1.0, gt=0.0)
-    """Key-value cache of an engine on a CPU, GiB (a GPU engine uses gpu_memory_utilization)."""
+    """Key-value cache of an engine on a CPU, GiB (a GPU engine uses gpu_memory_utilization). At least one sequence of
+    the greatest length must fit."""
     gpu_memory_utilization: float = Field(0.9, gt=0.0, le=1.0)
     """Share of a GPU's memory the engine may use."""
     tensor_model_parallel_size: int = Field(1, ge=1)
     """GPUs one engine spans."""
-    threads: int = Field(2, ge=1)
+    threads: int = Field(2, ge=1, le=MOST_THREADS)
     """CPU threads of an engine on a CPU."""
     parity_mean_tolerance: float = Field(0.04, gt=0.0)
     """After a refresh, the mean over the probe tokens of |Δ log p| / (1 + NLL), vLLM against the trainer, must not
@@ -93,14 +100,14 @@ class AnnotatorConfig(Section):
     heldout_cache_gib: float = Field(2.0, ge=0.0)
     """Host memory of a rank for the teacher's hidden states of the held-out set, GiB: read once instead of for every
     version. What does not fit is read each time; the figures are the same."""
-    threads: int = Field(2, ge=1)
+    threads: int = Field(2, ge=1, le=MOST_THREADS)
     """CPU threads of an annotator on a CPU."""
 
 
 class SelectionConfig(Section):
     form: Literal["ppl", "loss"] = "ppl"
     """IFD as a ratio of perplexities (Superfiltering) or of losses (Cherry LLM). tau does not carry over."""
-    tau: float = Field(0.8, ge=0.0, allow_inf_nan=False)
+    tau: float = Field(0.8, ge=0.0)
     """Largest delta_ifd that is kept."""
     unconditional_prefix: Literal["auto", "bos", "assistant_header"] = "auto"
     """What the unconditional pass starts from. auto: BOS where the tokenizer prepends one, else the header."""
@@ -173,7 +180,7 @@ class TrainingConfig(Section):
     """Largest global gradient norm."""
     kd_lambda: float = Field(0.9, ge=0.0, le=1.0)
     """λ of L = (1-λ)·CE + λ·KD."""
-    kd_temperature: float = Field(1.0, gt=0.0, allow_inf_nan=False)
+    kd_temperature: float = Field(1.0, gt=0.0)
     """Distillation temperature of teacher and student in the KD, which is multiplied by its square (arXiv 1503.02531).
     CE, Δ-IFD and drift are at temperature 1 whatever this is."""
     tail: Literal["none", "bucket", "renormalize"] = "bucket"
@@ -196,7 +203,7 @@ class TrainingConfig(Section):
     """Newest checkpoints kept; older ones are deleted."""
     asynchronous_checkpoints: bool = True
     """Write checkpoints in the background while training goes on."""
-    threads: int = Field(1, ge=1)
+    threads: int = Field(1, ge=1, le=MOST_THREADS)
     """CPU threads of each rank on a CPU."""
 
     @property
@@ -282,7 +289,7 @@ class Config(Section):
 
     run_directory: str
     """Where the roles meet: on a filesystem all of them see."""
-    seed: int = Field(1234, ge=0)
+    seed: int = Field(1234, ge=0, le=LARGEST_SEED)
     """Seeds sampling, the order of training and initialisation."""
     deterministic: bool = False
     """The same bits every time, also of a unit that is sampled again and on GPUs, at the price of speed: there,

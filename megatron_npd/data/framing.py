@@ -102,11 +102,11 @@ class Framer:
 
     def _plain(self, prompts: list[Prompt], notes: Notes) -> list[Framed]:
         texts = [prompt.text for prompt in prompts]
-        ids = self._tokenizer.text_ids(texts, add_special_tokens=True)
+        ids = self._tokenizer.batch_ids(texts, add_special_tokens=True)
         # Some tokenizers end a text: what is to be gone on with has no end yet.
         ids = [row[:-1] if len(row) > 1 and row[-1] == self._tokenizer.eos_token_id else row for row in ids]
         self._read_back(prompts, texts, ids, notes)
-        replies = self._tokenizer.text_ids([str((p.response or {}).get("content", "")) for p in prompts])
+        replies = self._tokenizer.batch_ids([str((p.response or {}).get("content", "")) for p in prompts])
         framing = self.describe({})
         return [
             Framed(row, [*reply, self._end] if prompt.response else [], framing)
@@ -132,7 +132,7 @@ class Framer:
         chats = [[*prompt.messages, prompt.response or {}] for prompt, _ in answered]
         whole = self._render([prompt for prompt, _ in answered], chats, False, refuse)
         tails = [self._tail(prompt, text, full, notes) for (prompt, text), full in zip(answered, whole, strict=True)]
-        ids = iter(self._tokenizer.text_ids(tails))
+        ids = iter(self._tokenizer.batch_ids(tails))
         return [[*next(ids), self._end] if prompt.response else [] for prompt in prompts]
 
     def _tail(self, prompt: Prompt, text: str, full: str, notes: Notes) -> str:
@@ -217,7 +217,7 @@ class Framer:
 
     def _end_token(self, end_ids: list[int]) -> int:
         """What ends a given response: as the template closes a turn, if generation stops there too."""
-        closing = [] if self._is_text else self._tokenizer.turn_end_ids()
+        closing = [] if self._is_text else self._tokenizer.turn_end_ids()[-1:]
         preferred = [*closing, self._tokenizer.eos_token_id]
         return next((token for token in preferred if token is not None and token in end_ids), end_ids[0])
 

@@ -12,11 +12,15 @@ import re
 from pathlib import Path
 from typing import Any
 
-from megatron_npd.files import read_json
+from megatron_npd.data.tokenizer_settings import (
+    NAMED_TOKENS,
+    chat_template,
+    further_special,
+    named_tokens,
+    optional_json,
+)
 
 MODEL_FILE = "tokenizer.model"
-CHAT_TEMPLATE_FILE = "chat_template.jinja"
-NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 class SentencePieceTokenizer:
@@ -40,13 +44,13 @@ class SentencePieceTokenizer:
             self._pieces = SentencePieceProcessor(model_file=str(folder / MODEL_FILE))
         except RuntimeError as error:
             raise ValueError(f"{MODEL_FILE} is not a SentencePiece model ({' '.join(str(error).split())})") from None
-        names = _optional_json(folder / "special_tokens_map.json") | settings
-        self.named = {name: _text(names[name]) for name in NAMED_TOKENS if names.get(name) is not None}
+        self.named = named_tokens(folder, settings, NAMED_TOKENS)
         self._added, self._special = self._added_tokens(folder, settings)
         self._texts = {index: text for text, index in self._added.items()}
         self._cuts = re.compile("|".join(map(re.escape, sorted(self._added, key=len, reverse=True))) or r"(?!)")
         self._adds_bos = bool(settings.get("add_bos_token", True))
-        self.chat_template = _chat_template(folder, settings) or default_template
+        template = chat_template(folder, settings)
+        self.chat_template = (template.get("default") if isinstance(template, dict) else template) or default_template
 
     @property
     def bos_token_id(self) -> int | None:
@@ -55,6 +59,10 @@ class SentencePieceTokenizer:
     @property
     def eos_token_id(self) -> int | None:
         return self._named_id("eos_token")
+
+    @property
+    def unk_token_id(self) -> int | None:
+        return self._named_id("unk_token")
 
     @property
     def special_tokens(self) -> frozenset[str]:
@@ -74,6 +82,10 @@ class SentencePieceTokenizer:
             ids.append(self._added[cut.group()])
             start = cut.end()
         return ids + self._encode_stretch(text[start:])
+
+    def normalised(self, text: str) -> str:
+        """A text as SentencePiece's normaliser writes it before it is cut into pieces."""
+        return self._pieces.normalize(text).replace("▁", " ")
 
     def decode(self, ids: list[int]) -> str:
         """The text of token ids, control tokens spelled out; an id the tokenizer does not have is U+FFFD."""
@@ -130,8 +142,8 @@ class SentencePieceTokenizer:
 
     def _added_tokens(self, folder: Path, settings: dict[str, Any]) -> tuple[dict[str, int], frozenset[str]]:
         """Text -> id of the tokens that SentencePiece is not asked about, and the special ones' texts."""
-        added: dict[str, int] = dict(_optional_json(folder / "added_tokens.json"))
-        special = {*self.named.values(), *map(_text, _further_special(settings))}
+        added: dict[str, int] = dict(optional_json(folder / "added_tokens.json"))
+        special = {*self.named.values(), *further_special(settings)}
         for index, token in settings.get("added_tokens_decoder", {}).items():
             for flag in ("lstrip", "rstrip", "single_word"):
                 if token.get(flag):
@@ -148,27 +160,3 @@ class SentencePieceTokenizer:
         if self._pieces.id_to_piece(index) != text:  # what is not there has the id of the unknown token
             raise ValueError(f"special token {text!r} is neither in {MODEL_FILE} nor in added_tokens_decoder")
         return index
-
-
-def _chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
-    """The checkpoint's own template; of several named ones the default."""
-    if (folder / CHAT_TEMPLATE_FILE).is_file():
-        return (folder / CHAT_TEMPLATE_FILE).read_text(encoding="utf-8")
-    template = settings.get("chat_template")
-    if isinstance(template, list):
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    return template
-
-
-def _further_special(settings: dict[str, Any]) -> list[Any]:
-    """Special tokens without a role of their own, under their old or their new name."""
-    more = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
-    return list(more.values() if isinstance(more, dict) else more)
-
-
-def _text(token: Any) -> str:
-    return token["content"] if isinstance(token, dict) else str(token)
-
-
-def _optional_json(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}

@@ -120,15 +120,19 @@ def find_family(folder: str | Path) -> Family | None:
 
 
 def eos_token_ids(folder: str | Path) -> list[int]:
-    """Ids that end a response: `eos_token_id` of the generation config, else of the config.
+    """Ids that end a response: `eos_token_id` of the generation config, else (absent or null) of the config.
 
     Raises:
-        UserError: neither file names one.
+        UserError: neither file names one, or what it names is not an id or a list of ids.
     """
     for name in ("generation_config.json", "config.json"):
         path = Path(folder) / name
         if path.is_file() and (value := _read_json(path).get("eos_token_id")) is not None:
-            return [int(token) for token in (value if isinstance(value, list) else [value])]
+            ids = value if isinstance(value, list) else [value]
+            # An empty list would mean that no response ever ends. type: true is an int in Python, no id.
+            if not ids or any(type(token) is not int or token < 0 for token in ids):
+                raise UserError(f"{path}: eos_token_id = {value!r}: must be a token id, or a list of at least one")
+            return list(dict.fromkeys(ids))
     raise UserError(f"{folder}: no eos_token_id in generation_config.json or config.json; responses could not end")
 
 

@@ -16,6 +16,8 @@ from megatron_npd.roles import ANNOTATOR, SIDECAR, TRAINER
 CERTAIN_SHARE = 0.8
 """Of an estimated need, what a machine must have at least: the estimates are within 10 % of what is measured on a CPU
 (`tests/estimates/test_memory_estimate.py`), of shapes that were measured."""
+CACHE_BLOCK = 128
+"""Tokens of a block of vLLM's key-value cache on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,14 @@ def check_machine(config: Config, teacher: ModelDims, student: ModelDims) -> Nee
     """What the roles need of this machine's memory; None where they compute on GPUs, whose memory is another matter.
 
     Raises:
-        UserError: vLLM is missing or not built for this machine, or one role alone takes more memory than there is.
+        UserError: vLLM is missing or not built for this machine, its cache on a CPU has no room for a sequence, or one
+            role alone takes more memory than there is.
     """
     device.require_vllm_fits(gpu=device.has_gpu())
     if device.device_here() == "gpu":
         return None
+    _check_cache(config, "teacher", teacher)
+    _check_cache(config, "student", student)
     need = _need(config, teacher, student, host.memory())
     if CERTAIN_SHARE * need.largest > need.memory.total + need.memory.swap:
         swap = f" and {size_text(need.memory.swap)} of swap" if need.memory.swap else ""
@@ -78,6 +83,29 @@ def machine_lines(config: Config, teacher: ModelDims, student: ModelDims) -> Ite
         yield unused
     if need:
         yield str(need)
+
+
+def least_cache_bytes(config: Config, dims: ModelDims) -> int:
+    """Key-value cache of an engine on a CPU, bytes of a rank, below which vLLM has no room for a longest sequence."""
+    rollout, size = config.rollout, 4 if config.models.dtype == "float32" else 2
+    heads = max(1, dims.num_kv_heads // rollout.tensor_model_parallel_size)
+    blocks = -(-_longest(config, dims) // CACHE_BLOCK) + 1  # vLLM keeps one to itself
+    return blocks * CACHE_BLOCK * 2 * size * dims.num_layers * heads * dims.head_dim
+
+
+def _longest(config: Config, dims: ModelDims) -> int:
+    """Tokens of the longest sequence that an engine is started for."""
+    return min(config.prompts.max_prompt_tokens + config.rollout.max_new_tokens + 1, dims.max_positions)
+
+
+def _check_cache(config: Config, name: str, dims: ModelDims) -> None:
+    """Refuse a cache that vLLM would refuse, once it has read the model."""
+    gib, least = config.rollout.kv_cache_gib, least_cache_bytes(config, dims)
+    if int(gib * 2**30) < least:
+        raise UserError(
+            f"rollout.kv_cache_gib = {gib}: must hold one sequence of {_longest(config, dims)} tokens of the {name}, "
+            f"which takes {least / 2**30:.3g}"
+        )
 
 
 def _need(config: Config, teacher: ModelDims, student: ModelDims, memory: host.Memory) -> Need:

@@ -29,6 +29,9 @@ CONFIG_JSON_NAMES = {
 SPLIT_BY_TENSOR_PARALLEL = ("intermediate_size",)
 """Heads and vocabulary are padded to fit (`ModelDims.padded_kv_heads`, `models.hf_config.padded_vocab_size`)."""
 
+SPLIT_BY_ENGINE = ("num_heads", "intermediate_size")
+"""vLLM pads none of these. Key-value heads it splits, or copies where there are fewer than ranks."""
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -57,6 +60,10 @@ def preflight(config: Config, with_weights: bool = True) -> Inputs:
             "vocab_size differs (teacher %d, student %d) over a shared tokenizer: padding rows, never sampled",
             teacher.dims.vocab_size,
             student.dims.vocab_size,
+        )
+    if config.annotator.top_k > tokenizer.ids:
+        raise UserError(
+            f"annotator.top_k = {config.annotator.top_k}: must not exceed the tokenizer's {tokenizer.ids} ids"
         )
     if config.prompts.format == "chat" and not tokenizer.chat_template:
         raise UserError(
@@ -140,12 +147,18 @@ def _check_splits(config: Config, teacher: Checkpoint, student: Checkpoint) -> N
         (f"annotator.{tensor}", annotator.tensor_model_parallel_size, student, SPLIT_BY_TENSOR_PARALLEL),
         (f"training.{tensor}", training.tensor_model_parallel_size, student, SPLIT_BY_TENSOR_PARALLEL),
         (stages, pipeline * chunks, student, ("num_layers",)),
-        # vLLM copies key-value heads where there are fewer than ranks: only the query heads must divide.
-        (f"rollout.{tensor}", rollout.tensor_model_parallel_size, teacher, ("num_heads",)),
-        (f"rollout.{tensor}", rollout.tensor_model_parallel_size, student, ("num_heads",)),
+        (f"rollout.{tensor}", rollout.tensor_model_parallel_size, teacher, SPLIT_BY_ENGINE),
+        (f"rollout.{tensor}", rollout.tensor_model_parallel_size, student, SPLIT_BY_ENGINE),
     ]
     for key, ranks, checkpoint, fields in splits:
         for field in fields:
             value = getattr(checkpoint.dims, field)
             if value % ranks:
                 raise UserError(f"{key} = {ranks}: must divide {CONFIG_JSON_NAMES[field]} = {value} of {checkpoint}")
+    for checkpoint in (teacher, student):
+        ranks, heads = rollout.tensor_model_parallel_size, checkpoint.dims.num_kv_heads
+        if heads % ranks and ranks % heads:
+            raise UserError(
+                f"rollout.{tensor} = {ranks}: must divide num_key_value_heads = {heads} of {checkpoint} or be a "
+                "multiple of it"
+            )

@@ -85,13 +85,18 @@ class Annotator:
         options = ModelOptions(
             choose_backend(config.training.attention_backend, dtype), acceleration=choose_layers(config.training)
         )
-        self.vocabulary = _common_vocabulary(config)
-        self.teacher, self.student = (
-            PrefillModel(folder, self.parallel, dtype, options, self.vocabulary, chunk_tokens)
+        of_teacher, of_student = (
+            load_tokenizer(Path(folder), trust_remote_code=config.models.trust_remote_code)
             for folder in (config.models.teacher, config.models.student)
         )
+        self.vocabulary, *own = _vocabularies(_common_vocabulary(config), of_teacher.ids, of_student.ids)
+        self.teacher, self.student = (
+            PrefillModel(folder, self.parallel, dtype, options, self.vocabulary, chunk_tokens, ids)
+            for folder, ids in zip((config.models.teacher, config.models.student), own, strict=True)
+        )
         self.student_version: int | None = None
-        self.prefix = self._unconditional_prefix()
+        start_from = config.selection.unconditional_prefix
+        self.prefix = np.array(unconditional_prefix(of_student, start_from, config.prompts.format), dtype=np.int32)
         self.end_tokens = eos_token_ids(config.models.student)
         self.heldout: HeldoutSet | None = None
         self.passed_over: set[Task] = set()
@@ -253,12 +258,6 @@ class Annotator:
         )
         logger.info("%s unit %d: kept %d of %d, rejected %s", stage.name, unit, kept, len(samples), dict(counts))
 
-    def _unconditional_prefix(self) -> np.ndarray:
-        models = self.config.models
-        tokenizer = load_tokenizer(Path(models.student), trust_remote_code=models.trust_remote_code)
-        mode, format = self.config.selection.unconditional_prefix, self.config.prompts.format
-        return np.array(unconditional_prefix(tokenizer, mode, format), dtype=np.int32)
-
     def _look_at_memory(self) -> None:
         """Say what was needed at most so far, and keep no more than is in use."""
         release_unused()
@@ -266,6 +265,22 @@ class Annotator:
 
     def _turn(self) -> contextlib.AbstractContextManager[None]:
         return self.context.turn(takes_it=self.parallel.rank == 0)
+
+
+def _vocabularies(rows: int, of_teacher: int, of_student: int) -> tuple[int, int, int]:
+    """(ids that count for both models, ids in the teacher's softmax, ids in the student's).
+
+    `rows`: embedding rows both models have; the others: ids of their tokenizers. Without a surplus of the teacher all
+    three are `rows`: padding rows of both are left in, where they were in training. With one, what counts are the
+    student's tokens alone: rows that it may have at the surplus's ids mean nothing to it. Its own softmax stays over
+    all its rows, as in training and in the engine; the teacher's is over all of its own tokens, no padding row.
+    """
+    if of_teacher <= of_student:
+        return rows, rows, rows
+    logger.info(
+        "vocabulary: the student's %d tokens; the teacher's other %d are tail", of_student, of_teacher - of_student
+    )
+    return of_student, of_teacher, rows
 
 
 def _common_vocabulary(config: Config) -> int:

@@ -23,7 +23,11 @@ from megatron_npd.teacher.scorer import Pair
 
 @dataclass(frozen=True)
 class HeldoutFigures:
-    """Means over the response tokens; KL(teacher || student) over the whole vocabulary, nats a token."""
+    """Means over the response tokens; KL(teacher || student) over the whole vocabulary, nats a token.
+
+    The vocabulary is what both models have: where one has padding rows besides, or the teacher tokens of its own, both
+    distributions are renormalised over the common ids.
+    """
 
     heldout_kl: float
     heldout_ce: float

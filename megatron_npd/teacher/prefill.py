@@ -41,15 +41,19 @@ class PrefillModel:
         options: ModelOptions,
         vocabulary: int,
         chunk_tokens: int = 4096,
+        own: int | None = None,
     ):
-        """`vocabulary`: ids below it enter the softmax (what teacher and student have in common). `chunk_tokens`: rows
-        projected to the vocabulary at a time."""
+        """`vocabulary`: ids below it may be among the top-k (what teacher and student have in common). `own`: ids below
+        it enter the softmax, None: the same; a teacher that has tokens of its own keeps their probability, as tail.
+        `chunk_tokens`: rows projected to the vocabulary at a time."""
         self.dims: ModelDims = read_model_dims(folder)
         self.parallel = parallel
         self.chunk_tokens = chunk_tokens
         [self.model] = build_gpt(self.dims, parallel, dtype, options)
         self.model.eval().requires_grad_(False)
         self.valid = valid_vocab_columns(self.dims.vocab_size, parallel, vocabulary)
+        self.own = valid_vocab_columns(self.dims.vocab_size, parallel, vocabulary if own is None else own)
+        self.has_surplus = own is not None and own > vocabulary
         self.load(folder)
 
     def load(self, folder: str | Path) -> None:
@@ -79,7 +83,7 @@ class PrefillModel:
             group = [pairs[item] for item in items]
             targets = response_tokens(group).to(self.parallel.device)
             scored = [
-                token_logprobs(logits_CV, targets[rows], self.parallel, self.valid)
+                token_logprobs(logits_CV, targets[rows], self.parallel, self.own)
                 for rows, logits_CV in self.logits(group)
             ]
             nll[items] = _mean_nll(scored, group)
@@ -97,8 +101,8 @@ class PrefillModel:
             targets = response_tokens(group).to(self.parallel.device)
             scored, best = [], []
             for rows, logits_CV in self.logits(group):
-                scored.append(token_logprobs(logits_CV, targets[rows], self.parallel, self.valid))
-                best.append(topk_logprobs(logits_CV, k, self.parallel, self.valid, temperature))
+                scored.append(token_logprobs(logits_CV, targets[rows], self.parallel, self.own))
+                best.append(self._topk(logits_CV, k, temperature))
             nll[items] = _mean_nll(scored, group)
             ids, logprobs, tail = (torch.cat(parts).cpu().numpy() for parts in zip(*best, strict=True))
             bounds = np.cumsum([len(response) for _, response in group])[:-1]
@@ -106,6 +110,23 @@ class PrefillModel:
             for item, part in zip(items, parts, strict=True):
                 annotations[item] = Annotation(*part)
         return nll, annotations
+
+    def _topk(
+        self, logits_CV: torch.Tensor, k: int, temperature: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The k most probable of the common ids, their log-probabilities in the softmax over all own ids, and the mass
+        outside them: int64 [C, K], float32 [C, K], float32 [C]."""
+        ids_CK, logprobs_CK, tail_C = topk_logprobs(logits_CV, k, self.parallel, self.valid, temperature)
+        if not self.has_surplus:
+            return ids_CK, logprobs_CK, tail_C
+        # log of the common ids' share of the mass: how much less any of them has where the surplus has its part.
+        scaled_CV = logits_CV if temperature == 1 else logits_CV.float() / temperature
+        best_C = ids_CK[:, 0].contiguous()
+        among_own_C, among_common_C = (
+            token_logprobs(scaled_CV, best_C, self.parallel, columns) for columns in (self.own, self.valid)
+        )
+        share_C = among_own_C - among_common_C
+        return ids_CK, logprobs_CK + share_C[:, None], tail_C * share_C.exp() - torch.expm1(share_C)
 
 
 def response_tokens(pairs: list[Pair]) -> torch.Tensor:

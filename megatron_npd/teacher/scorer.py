@@ -16,9 +16,9 @@ class Annotation:
     """A model's top-k at every token of one response of R tokens."""
 
     ids: np.ndarray
-    """int32 [R, K]."""
+    """int32 [R, K], of the ids that both models have."""
     logprobs: np.ndarray
-    """float32 [R, K], nats, of the full softmax."""
+    """float32 [R, K], nats, of the model's full softmax, over what it has besides as well."""
     tail_mass: np.ndarray
     """float32 [R], 1 - the sum of the K probabilities."""
 

@@ -80,6 +80,36 @@ def lose_a_listed_file(folder: Path) -> None:
     sorted(folder.glob("model-*.safetensors"))[1].unlink()
 
 
+def edit_end(inputs: Inputs, value: object) -> None:
+    """The end tokens of the student's generation config."""
+    edit_json(inputs.student / "generation_config.json", eos_token_id=value)
+
+
+def edit_heads(inputs: Inputs, heads: int, kv_heads: int) -> None:
+    for folder in (inputs.teacher, inputs.student):
+        edit_json(folder / "config.json", num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=32)
+
+
+def edit_tokenizers(inputs: Inputs, name: str, **values: object) -> None:
+    """Keys of a tokenizer file of both models."""
+    for folder in (inputs.teacher, inputs.student):
+        edit_json(folder / name, **values)
+
+
+def only_a_vocabulary(inputs: Inputs) -> None:
+    """vocab.json and merges.txt, and the name of a class that reads neither."""
+    for folder in (inputs.teacher, inputs.student):
+        model = read_json(folder / "tokenizer.json")["model"]
+        (folder / "tokenizer.json").unlink()
+        (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+        (folder / "merges.txt").write_text("#version: 0.2\n")
+        edit_json(folder / "tokenizer_config.json", tokenizer_class="LlamaTokenizerFast")
+
+
+WITHOUT_SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": ""}
+GO_TEMPLATE = TEMPLATE + "<|go|>"
+
+
 def make_room(inputs: Inputs) -> None:
     inputs.set("training.sequence_length", 512)
     inputs.set("annotator.pack_length", 512)
@@ -124,6 +154,24 @@ CHECKPOINT_FAULTS: dict[str, tuple[Callable[[Inputs], object], list[str]]] = {
         lambda i: shrink_embedding(i.student / "model.safetensors"),
         ["models.student", "embed_tokens", "(127, 64)", "(128, 64)"],
     ),
+    "no end token": (
+        lambda i: edit_end(i, []),
+        ["student/generation_config.json", "eos_token_id = []", "at least one"],
+    ),
+    "no end token in config.json": (
+        lambda i: [edit_end(i, None), edit_json(i.student / "config.json", eos_token_id=[])],
+        ["student/config.json", "eos_token_id = []", "at least one"],
+    ),
+    "end tokens nowhere": (
+        lambda i: [edit_end(i, None), edit_json(i.student / "config.json", eos_token_id=None)],
+        ["student", "no eos_token_id"],
+    ),
+    "end token below 0": (lambda i: edit_end(i, -1), ["eos_token_id = -1", "must be a token id"]),
+    "end token as text": (lambda i: edit_end(i, "2"), ["eos_token_id = '2'", "must be a token id"]),
+    "end token as a fraction": (lambda i: edit_end(i, 2.0), ["eos_token_id = 2.0", "must be a token id"]),
+    "end token true": (lambda i: edit_end(i, True), ["eos_token_id = True", "must be a token id"]),
+    "end tokens in a list of lists": (lambda i: edit_end(i, [[2]]), ["eos_token_id = [[2]]", "must be a token id"]),
+    "a null among the end tokens": (lambda i: edit_end(i, [2, None]), ["eos_token_id = [2, None]"]),
     "end token outside": (
         lambda i: edit_json(i.student / "generation_config.json", eos_token_id=128),
         ["models.student", "eos_token_id = 128", "below its vocab_size = 128"],
@@ -141,6 +189,45 @@ TOKENIZER_FAULTS: dict[str, tuple[Callable[[Inputs], object], list[str]]] = {
     "other end ids": (
         lambda i: edit_json(i.teacher / "generation_config.json", eos_token_id=[2, 0]),
         ["end tokens", "[0, 2] against [2]"],
+    ),
+    "a surplus below": (
+        lambda i: [make_tokenizer(i.teacher, more=("a b", "c d")), make_tokenizer(i.student, more=("c d",))],
+        ["vocabulary", "'a b' has id 99", "id none"],
+    ),
+    "the teacher's own end token alone": (
+        lambda i: [
+            make_tokenizer(i.teacher, more=("<end>",)),
+            edit_json(i.teacher / "generation_config.json", eos_token_id=99),
+        ],
+        ["end tokens", "[] against [2]"],
+    ),
+    "a template with a token of the teacher's own": (
+        lambda i: [
+            make_tokenizer(i.teacher, template=GO_TEMPLATE, more=("<|go|>",), mask_token="<|go|>"),
+            make_tokenizer(i.student, template=GO_TEMPLATE),
+        ],
+        ["the ids of a chat", "99]"],
+    ),
+    "the same tokens, other ids of a text": (
+        lambda i: edit_json(i.student / "tokenizer.json", normalizer={"type": "Lowercase"}),
+        ["the ids of a text", "'Hello big\\n x' is"],
+    ),
+    "a class that loses spaces": (only_a_vocabulary, ["models.teacher", "'Hello big\\n x' into"]),
+    "a normaliser that loses spaces": (
+        lambda i: edit_tokenizers(i, "tokenizer.json", normalizer=WITHOUT_SPACES),
+        ["models.teacher", "'Hello big\\n x' into 'Hellobig\\nx'", "words and letters"],
+    ),
+    "a decoder that is not the pre-tokenizer's": (
+        lambda i: edit_tokenizers(i, "tokenizer.json", decoder={"type": "Fuse"}),
+        ["models.teacher", "'Hello big\\n x' into 'HelloĠbigĊĠx'"],
+    ),
+    "control tokens to be spelled out": (
+        lambda i: edit_tokenizers(i, "tokenizer_config.json", split_special_tokens=True),
+        ["models.teacher", "split_special_tokens = true"],
+    ),
+    "two ids of a token": (
+        lambda i: edit_tokenizers(i, "tokenizer_config.json", added_tokens_decoder={"7": {"content": "</s>"}}),
+        ["models.teacher", "'</s>' has id 7", "but 2 by tokenizer.json"],
     ),
     "another template": (
         lambda i: make_tokenizer(i.student, template=TEMPLATE.replace("assistant", "bot")),
@@ -269,6 +356,19 @@ SIZE_FAULTS: dict[str, tuple[Callable[[Inputs], object], list[str]]] = {
         lambda i: i.set("rollout.tensor_model_parallel_size", 4),
         ["rollout.tensor_model_parallel_size = 4", "num_attention_heads = 2"],
     ),
+    "key-value heads of the engine": (
+        lambda i: [edit_heads(i, 6, 3), i.set("rollout.tensor_model_parallel_size", 2)],
+        ["rollout.tensor_model_parallel_size = 2", "num_key_value_heads = 3", "multiple"],
+    ),
+    "width of the engine": (
+        lambda i: [edit_heads(i, 5, 5), i.set("rollout.tensor_model_parallel_size", 5)],
+        ["rollout.tensor_model_parallel_size = 5", "intermediate_size = 96"],
+    ),
+    "temperature": (lambda i: i.set("rollout.temperature", 3.0), ["rollout.temperature = 3.0", "equal to 2"]),
+    "more likely tokens than tokens": (
+        lambda i: i.set("annotator.top_k", 120),
+        ["annotator.top_k = 120", "the tokenizer's 99 ids"],
+    ),
     "top-k": (lambda i: i.set("annotator.top_k", 129), ["annotator.top_k = 129", "vocab_size = 128"]),
     "prompts of a round": (
         lambda i: i.set("rounds.prompts_per_round", 7),
@@ -314,6 +414,11 @@ def test_good_inputs_pass(inputs: Inputs, capsys: pytest.CaptureFixture[str]) ->
     said = capsys.readouterr()
     assert "train.jsonl: 6 prompts" in said.out
     assert said.err == ""
+
+
+def test_null_end_token_is_that_of_the_other_file(inputs: Inputs) -> None:
+    edit_end(inputs, None)
+    assert main(["check", str(inputs.path)]) == 0
 
 
 def test_padding_rows_may_differ(inputs: Inputs) -> None:

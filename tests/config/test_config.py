@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
 from megatron_npd.config import Config, load_config
 from megatron_npd.errors import UserError
@@ -79,6 +80,11 @@ def test_overrides_are_toml_values_and_bare_words(path: Path) -> None:
         ("training.min_lr=0.5", ["training.min_lr = 0.5", "must not exceed training.lr"]),
         ("training.sequence_length=1000", ["training.sequence_length = 1000", "1536"]),
         ("annotator.pack_length=1000", ["annotator.pack_length = 1000", "1536"]),
+        ("rollout.temperature=3.0", ["rollout.temperature = 3.0", "less than or equal to 2"]),
+        ("rollout.temperature=0.001", ["rollout.temperature = 0.001", "greater than or equal to 0.01"]),
+        ("rollout.max_num_seqs=8193", ["rollout.max_num_seqs = 8193", "less than or equal to 8192"]),
+        ("rollout.threads=100000", ["rollout.threads = 100000", "less than or equal to 4096"]),
+        ("seed=99999999999999999999", ["seed = 99999999999999999999", "less than or equal to"]),
         ("nothing", ["--set nothing", "section.key=value"]),
         ("seed.x=1", ["seed = {'x': 1}", "integer"]),
         ("run_directory.x=1", ["--set run_directory.x=1", "not a section"]),
@@ -87,6 +93,24 @@ def test_overrides_are_toml_values_and_bare_words(path: Path) -> None:
 def test_every_fault_names_key_value_and_rule(path: Path, override: str, words: list[str]) -> None:
     message = refused(path, override)
     assert all(word in message for word in words), message
+
+
+def float_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """Every key whose value is a fractional number."""
+    keys = []
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += float_keys(field.annotation, f"{prefix}{name}.")
+        elif field.annotation is float:
+            keys.append(prefix + name)
+    return keys
+
+
+@pytest.mark.parametrize("value", ["inf", "nan"])
+@pytest.mark.parametrize("key", float_keys())
+def test_infinity_and_nan_are_no_values(path: Path, key: str, value: str) -> None:
+    message = refused(path, f"{key}={value}")
+    assert f"{key} = {value}: input should be" in message, message
 
 
 def test_rules_over_two_overrides(path: Path) -> None:

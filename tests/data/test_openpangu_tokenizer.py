@@ -289,6 +289,22 @@ def test_openpangu_checkpoints_pass_preflight(tmp_path: Path, pieces: Path) -> N
     assert prompts.names == ["a", "b"] and all(prompts[row][0] == 1 for row in range(2))
 
 
+def test_pieces_read_in_two_ways_are_spoken_of(tmp_path: Path, pieces: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Llama's class reads leading spaces of a text in its own way."""
+    from megatron_npd.models.hf_checkpoint import check_checkpoint
+    from megatron_npd.prepare.shared_tokenizer import shared_tokenizer
+
+    pair = []
+    for seed, name in enumerate(("teacher", "student")):
+        make_model("llama", tmp_path / name, seed, vocab_size=VOCAB_SIZE + 12, num_hidden_layers=1)
+        settings = {"tokenizer_class": "LlamaTokenizer", "auto_map": None, "eos_token": "</s>", "legacy": None}
+        write_tokenizer(tmp_path / name, pieces, "llama", chat_template="{{ messages[0].content }}</s>", **settings)
+        pair.append(check_checkpoint(f"models.{name}", tmp_path / name))
+    with caplog.at_level(logging.WARNING):
+        shared_tokenizer(*pair, False)
+    assert any("otherwise than SentencePiece reads tokenizer.model" in record.getMessage() for record in caplog.records)
+
+
 # --- what cannot be loaded ------------------------------------------------------------------------------------------
 
 
