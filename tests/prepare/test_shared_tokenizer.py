@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from byte_level_tokenizer import byte_level, write_byte_level
-from inputs import Inputs
+from inputs import Inputs, token_ids
 from tiny_models import EOS, make_llama
 from tiny_tokenizer import TEMPLATE, make_tokenizer
 from tokenizers import normalizers
@@ -61,7 +61,7 @@ def test_a_class_that_loses_spaces_elsewhere_is_spoken_of(
     (message,) = warnings_of(byte_level_pair, caplog)
     assert "AutoTokenizer reads 'Hello big\\n x' as 'Hellobigx'" in message and "tokenizer.json itself" in message
     prompts = preflight(byte_level_pair.config).train
-    assert prompts.token_ids[0] == preflight_ids(byte_level_pair, "What is 0 plus 0?")
+    assert token_ids(prompts)[0] == preflight_ids(byte_level_pair, "What is 0 plus 0?")
 
 
 def preflight_ids(inputs: Inputs, text: str) -> list[int]:
@@ -127,7 +127,7 @@ def test_a_teachers_surplus_is_usable_and_spoken_of(byte_level_pair: Inputs, cap
 def test_the_students_tokenizer_frames_the_prompts(byte_level_pair: Inputs) -> None:
     write_byte_level(byte_level_pair.teacher, byte_level("plus"))
     prompts = preflight(byte_level_pair.config).train
-    assert prompts.token_ids[0] == preflight_ids(byte_level_pair, "What is 0 plus 0?")
+    assert token_ids(prompts)[0] == preflight_ids(byte_level_pair, "What is 0 plus 0?")
 
 
 def test_end_tokens_of_the_surplus_do_not_end_a_response(

@@ -199,7 +199,7 @@ def test_near_repetitions_are_spoken_of(inputs: Inputs, caplog: pytest.LogCaptur
     lines_of(inputs.heldout, "What is 3 + 3?", "What is 4 + 4?")
     with caplog.at_level(logging.WARNING):
         preflight(inputs.config)
-    said = [record.getMessage() for record in caplog.records]
+    said = [record.getMessage() for record in caplog.records if "its tokenizer" not in record.getMessage()]
     assert [line.split(": ", 1)[1][:40] for line in said] == [
         "1 prompts differ from one in " + str(inputs.train)[:11],
         "2 prompts repeat another; most often 't2"[:40],

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import tomli_w
 
 from megatron_npd.config import Config, load_config
+
+if TYPE_CHECKING:
+    from megatron_npd.prepare.tokenise import TokenisedPrompts
 
 
 class Inputs:
@@ -48,6 +52,12 @@ class Inputs:
         for section in sections:
             table = table.setdefault(section, {})
         table[name] = value
+
+
+def token_ids(prompts: TokenisedPrompts) -> list[list[int]]:
+    """Of every prompt."""
+    parts = [part.prompts for part in prompts.parts()]
+    return [ids.tolist() for part in parts for ids in np.split(part.ids, np.cumsum(part.lengths)[:-1])]
 
 
 def write_prompts(path: Path, prompts: dict[str, str]) -> None:
