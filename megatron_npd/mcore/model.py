@@ -113,7 +113,7 @@ def build_gpt(dims: ModelDims, parallel: Parallel, dtype: torch.dtype, options: 
         model = GPTModel(
             config,
             _block_spec(config, dims, options, virtual_stage),
-            vocab_size=padded_vocab_size(dims.vocab_size, parallel.tp_size),
+            vocab_size=padded_vocab_size(dims.rows, parallel.tp_size),
             max_sequence_length=dims.max_positions,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=virtual_stage),
             post_process=is_last,

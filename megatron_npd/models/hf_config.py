@@ -51,6 +51,14 @@ class ModelDims:
     qk_norm: bool = False
     """RMSNorm with `rms_norm_eps` over the head_dim of each query and key head, before rotary embedding. Its two
     weights [head_dim] are shared by all heads of a layer."""
+    more_rows: int = 0
+    """Rows that the embedding and the head have in memory after those of the checkpoint, zero and in no softmax: so
+    that two models of different vocab_size are cut over ranks at the same ids."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of the embedding and of the head in memory, but for what makes them divide over ranks."""
+        return self.vocab_size + self.more_rows
 
     def padded_kv_heads(self, tensor_model_parallel_size: int) -> int:
         """Key-value heads (each with its query heads) when split over ranks: the next multiple of their number.

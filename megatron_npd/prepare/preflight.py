@@ -97,12 +97,6 @@ def check_models(config: Config, with_weights: bool = True) -> tuple[Checkpoint,
                 f"prompts.max_prompt_tokens + rollout.max_new_tokens = {longest}: must not exceed "
                 f"max_position_embeddings = {checkpoint.dims.max_positions} of {checkpoint}"
             )
-    ranks = config.annotator.tensor_model_parallel_size
-    if ranks > 1 and teacher.dims.vocab_size != student.dims.vocab_size:
-        raise UserError(  # the ranks' slices of the two vocabularies would not line up
-            f"annotator.tensor_model_parallel_size = {ranks}: must be 1 while vocab_size is {teacher.dims.vocab_size} "
-            f"of {teacher} but {student.dims.vocab_size} of {student}"
-        )
     if config.annotator.top_k > vocabulary:
         raise UserError(f"annotator.top_k = {config.annotator.top_k}: must not exceed the vocab_size = {vocabulary}")
     return teacher, student

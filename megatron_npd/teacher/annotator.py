@@ -89,9 +89,10 @@ class Annotator:
             load_tokenizer(Path(folder), trust_remote_code=config.models.trust_remote_code)
             for folder in (config.models.teacher, config.models.student)
         )
-        self.vocabulary, *own = _vocabularies(_common_vocabulary(config), of_teacher.ids, of_student.ids)
+        rows = [read_model_dims(folder).vocab_size for folder in (config.models.teacher, config.models.student)]
+        self.vocabulary, *own = _vocabularies(_common_rows(*rows), of_teacher.ids, of_student.ids)
         self.teacher, self.student = (
-            PrefillModel(folder, self.parallel, dtype, options, self.vocabulary, chunk_tokens, ids)
+            PrefillModel(folder, self.parallel, dtype, options, self.vocabulary, chunk_tokens, ids, max(rows))
             for folder, ids in zip((config.models.teacher, config.models.student), own, strict=True)
         )
         self.student_version: int | None = None
@@ -283,14 +284,9 @@ def _vocabularies(rows: int, of_teacher: int, of_student: int) -> tuple[int, int
     return of_student, of_teacher, rows
 
 
-def _common_vocabulary(config: Config) -> int:
-    """Ids both models have. Checkpoints of one tokenizer may differ in padding rows, as Qwen2.5 7B and 1.5B do."""
-    teacher, student = (read_model_dims(folder).vocab_size for folder in (config.models.teacher, config.models.student))
+def _common_rows(teacher: int, student: int) -> int:
+    """Embedding rows both models have. Checkpoints of one tokenizer may differ in padding rows, as Qwen2.5 7B and 1.5B
+    do."""
     if teacher != student:
-        if config.annotator.tensor_model_parallel_size > 1:
-            raise UserError(
-                f"annotator.tensor_model_parallel_size = {config.annotator.tensor_model_parallel_size}: must be 1 "
-                f"while the teacher has {teacher} embedding rows and the student {student}"
-            )
         logger.info("vocabulary: teacher %d rows, student %d; softmax over the common ones", teacher, student)
     return min(teacher, student)

@@ -6,6 +6,7 @@ Legend: N response tokens of a pack, V columns of this rank's logits, K top-k.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -42,17 +43,20 @@ class PrefillModel:
         vocabulary: int,
         chunk_tokens: int = 4096,
         own: int | None = None,
+        rows: int = 0,
     ):
         """`vocabulary`: ids below it may be among the top-k (what teacher and student have in common). `own`: ids below
         it enter the softmax, None: the same; a teacher that has tokens of its own keeps their probability, as tail.
-        `chunk_tokens`: rows projected to the vocabulary at a time."""
-        self.dims: ModelDims = read_model_dims(folder)
+        `chunk_tokens`: rows projected to the vocabulary at a time. `rows`: embedding rows there are at least, the more
+        of the two models', so that their logits are cut over the ranks at the same ids."""
+        dims = read_model_dims(folder)
+        self.dims: ModelDims = replace(dims, more_rows=max(rows - dims.vocab_size, 0))
         self.parallel = parallel
         self.chunk_tokens = chunk_tokens
         [self.model] = build_gpt(self.dims, parallel, dtype, options)
         self.model.eval().requires_grad_(False)
-        self.valid = valid_vocab_columns(self.dims.vocab_size, parallel, vocabulary)
-        self.own = valid_vocab_columns(self.dims.vocab_size, parallel, vocabulary if own is None else own)
+        self.valid = valid_vocab_columns(self.dims.rows, parallel, vocabulary)
+        self.own = valid_vocab_columns(self.dims.rows, parallel, vocabulary if own is None else own)
         self.has_surplus = own is not None and own > vocabulary
         self.load(folder)
 

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 
 from megatron_npd.models.families.family import Layout
-from megatron_npd.models.hf_config import ModelDims
+from megatron_npd.models.hf_config import ModelDims, padded_vocab_size
 from megatron_npd.models.tensor_map import MappedParameter
 
 
@@ -50,7 +50,9 @@ class Vocabulary:
 
     def shard(self, tensors: list[torch.Tensor], dims: ModelDims, rank: int, size: int) -> torch.Tensor:
         (rows,) = tensors
-        local = -(-len(rows) // size)
+        if len(rows) != dims.vocab_size:
+            raise ValueError(f"{len(rows)} rows, not vocab_size = {dims.vocab_size}")
+        local = padded_vocab_size(dims.rows, size) // size
         mine = rows[rank * local : (rank + 1) * local]
         return torch.nn.functional.pad(mine, (0, 0, 0, local - len(mine))) if len(mine) < local else mine
 
