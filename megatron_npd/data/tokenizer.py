@@ -165,7 +165,10 @@ class Tokenizer:
             return []
         token = self.vocabulary()[closing[0].group()]
         places = [place for place, index in enumerate(whole) if index == token]
-        end = places[-sum(match.group() == closing[0].group() for match in closing)]
+        after_words = sum(match.group() == closing[0].group() for match in closing)
+        if len(places) < after_words:
+            return []
+        end = places[-after_words]
         between = after[: closing[0].start()]
         start = next((start for start in range(end, -1, -1) if self.decode(whole[start:end]) == between), end)
         return whole[start : end + 1]
@@ -177,7 +180,8 @@ class Tokenizer:
 
     @cached_property
     def _control_pattern(self) -> re.Pattern[str]:
-        return re.compile("|".join(map(re.escape, self.control_tokens)) or r"(?!)")
+        longest_first = sorted(self.control_tokens, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool, where: str | None = None) -> Tokenizer:

@@ -34,7 +34,7 @@ def byte_level_pair(tmp_path: Path) -> Inputs:
 def warnings_of(inputs: Inputs, caplog: pytest.LogCaptureFixture, trust: bool = False) -> list[str]:
     """What the check of the pair warns of."""
     caplog.clear()
-    with caplog.at_level(logging.WARNING, logger="megatron_npd.prepare.shared_tokenizer"):
+    with caplog.at_level(logging.WARNING, logger="megatron_npd.prepare.tokenizer_notes"):
         pair = (check_checkpoint(f"models.{folder.name}", folder) for folder in (inputs.teacher, inputs.student))
         shared_tokenizer(*pair, trust)
     return [record.getMessage() for record in caplog.records]
