@@ -164,6 +164,7 @@ def test_half_given_half_own_is_trained_on_in_that_ratio(checkpoints: Path, tmp_
     steps = [r for r in read_metrics(run.metrics_folder) if (r["role"], r["event"]) == ("trainer", "step")]
     drifts = [step["near_policy/kl"] for step in steps if step["near_policy/kl"] is not None]
     assert drifts and all(np.isfinite(drift) and drift >= 0 for drift in drifts)
-    identities = {(i, s) for shard in annotated for i, s in zip(shard["prompt_index"], shard["sample_index"], strict=True)}
+    pairs = (zip(shard["prompt_index"], shard["sample_index"], strict=True) for shard in annotated)
+    identities = {pair for of_shard in pairs for pair in of_shard}
     assert len(identities) == 2 * QUESTIONS, "no sample is another's"
     assert "given" in npd("inspect", inputs.run, "--kept")
