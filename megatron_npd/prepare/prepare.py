@@ -7,6 +7,8 @@ leaves open (`models.dtype = "auto"`) is decided here once and kept: the directo
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,14 @@ from typing import Any
 from megatron_npd.config import Config, load_config
 from megatron_npd.data.prompts import HELDOUT, TRAIN
 from megatron_npd.errors import UserError
-from megatron_npd.files import write_atomically, write_json
+from megatron_npd.files import read_json, write_atomically, write_json
 from megatron_npd.prepare.dtype import decide_dtype
+from megatron_npd.prepare.fingerprints import Fingerprints, fingerprints_of, models_of, refuse_changed
 from megatron_npd.prepare.preflight import check_models, preflight
 from megatron_npd.prepare.provenance import provenance
 from megatron_npd.run_directory import RunDirectory
+
+logger = logging.getLogger(__name__)
 
 UNFINISHED = re.compile(r"prompts|provenance\.json|\..+\.tmp")
 """Names an interrupted preparation leaves at the top of a run directory."""
@@ -38,6 +43,7 @@ def prepare(config: Config, in_cluster: bool = False) -> RunDirectory:
     if run.config.is_file():
         config = as_prepared(config)
         check_models(config)
+        check_inputs(run, config, fingerprints_of(config))
     else:
         inputs = preflight(config)
         config = decide_dtype(config, in_cluster)
@@ -91,13 +97,31 @@ def open_run(config: Config) -> RunDirectory:
     """The prepared run directory of a configuration, for a role that is started by hand.
 
     Raises:
-        UserError: it is not prepared, or belongs to another configuration.
+        UserError: it is not prepared, belongs to another configuration, or its teacher or student was exchanged.
     """
     run = RunDirectory(Path(config.run_directory))
     if not run.config.is_file():
         raise UserError(f"run_directory = {config.run_directory}: not prepared; run `npd prepare CONFIG` first")
     _check_same(run, config)
+    if os.environ.get("RANK", "0") == "0":  # for all ranks of a role
+        check_inputs(run, config, models_of(config))
     return run
+
+
+def check_inputs(run: RunDirectory, config: Config, now: Fingerprints) -> None:
+    """Refuse inputs that were exchanged since a run was prepared.
+
+    Raises:
+        UserError: see `refuse_changed`.
+    """
+    recorded = read_json(run.provenance).get("inputs") if run.provenance.is_file() else None
+    if recorded is None:
+        logger.warning(
+            "%s: does not say what its inputs were (an older version prepared it): they are not compared",
+            run.provenance,
+        )
+        return
+    refuse_changed(recorded, now, config, run.root)
 
 
 def load_run_config(path: str | Path, overrides: list[str] | None = None) -> Config:

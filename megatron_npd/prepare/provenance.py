@@ -1,4 +1,4 @@
-"""Where a run's code came from: git commit, package versions, machine. Written beside its configuration."""
+"""Where a run came from: git commit, package versions, machine, its inputs. Written beside its configuration."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import megatron_npd
 from megatron_npd.config import Config
 from megatron_npd.hardware.host import cores
+from megatron_npd.prepare.fingerprints import fingerprints_of
 
 PACKAGES = (
     "megatron_npd",
@@ -36,6 +37,7 @@ def provenance(config: Config) -> dict[str, Any]:
         "packages": _package_versions(),
         "hostname": socket.gethostname(),
         "cpu_count": cores(),
+        "inputs": fingerprints_of(config),
     }
 
 

@@ -41,7 +41,7 @@ from megatron_npd.errors import UserError, storage_reason
 from megatron_npd.files import read_json, write_json
 from megatron_npd.hardware.host import cores
 from megatron_npd.prepare import prompt_parts
-from megatron_npd.prepare.fingerprints import fingerprint_of_path
+from megatron_npd.prepare.fingerprints import SMALL_FILES, fingerprint_of_path
 from megatron_npd.prepare.prompt_parts import DamagedPartError, TokenisedPart, load_part, save_part, tokenise_part
 from megatron_npd.process.parent_death import die_with
 
@@ -309,14 +309,11 @@ def _forget_old(folder: Path) -> None:
 
 def _hash_of_tokenizer(folder: Path) -> str:
     """Of every file of a checkpoint that may have a say in its token ids: those that are no weights."""
-    names = sorted(p for p in folder.iterdir() if p.is_file() and p.suffix in TOKENIZER_SUFFIXES)
+    names = sorted(p for p in folder.iterdir() if p.is_file() and p.suffix in SMALL_FILES)
     digest = hashlib.sha256()
     for path in names:
         digest.update(f"{path.name} {path.stat().st_size} ".encode() + path.read_bytes())
     return digest.hexdigest()
-
-
-TOKENIZER_SUFFIXES = (".json", ".model", ".jinja", ".txt", ".py")
 
 
 def _hash_of_code() -> str:

@@ -180,17 +180,21 @@ def test_verify(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     tensors["model.layers.1.self_attn.o_proj.weight"][3, 5] += 1e-3
     save_file(tensors, changed / "model.safetensors", metadata={"format": "pt"})
     parallel, dims = initialize(), read_model_dims(original)
+    broken = tmp_path / "broken"
+    shutil.copytree(changed, broken)
+    nan = tensors | {"model.norm.weight": torch.full((64,), float("nan"))}
+    save_file(nan, broken / "model.safetensors", metadata={"format": "pt"})
     try:
         with pytest.raises(MismatchError, match=r"model\.layers\.1\.self_attn\.o_proj\.weight differs between"):
             compare_tensors(changed, tmp_path / "megatron", dims, parallel, written="hf")
         with pytest.raises(MismatchError, match=r"differ by up to .*; must not exceed 1e-05 of the largest"):
             compare_logits(changed, tmp_path / "megatron", dims, parallel, torch.float32, [[1, 2, 3]])
+        with pytest.raises(MismatchError, match="differ by up to nan"):
+            compare_logits(broken, tmp_path / "megatron", dims, parallel, torch.float32, [[1, 2, 3]])
     finally:
         shutdown()
-    tensors["model.norm.weight"][0] = float("nan")
-    save_file(tensors, changed / "model.safetensors", metadata={"format": "pt"})
-    assert convert("hf-to-megatron", "--input", changed, "--output", tmp_path / "nan", "--verify") == 1
-    assert "differ by up to nan" in capsys.readouterr().err
+    assert convert("hf-to-megatron", "--input", broken, "--output", tmp_path / "nan") == 2
+    assert "model.norm.weight of model.safetensors holds 64 values NaN" in capsys.readouterr().err
 
 
 def test_smollm2(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -72,8 +72,8 @@ BAD_HUGGING_FACE: dict[str, tuple[Callable[[Path], object], str]] = {
     "nothing there": (shutil.rmtree, "hf/config.json: cannot read: No such file"),
     "unknown family": (lambda f: change_config(f, architectures=["GPT2LMHeadModel"]), "GPT2LMHeadModel is not support"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "no *.safetensors file in it"),
-    "not safetensors": (lambda f: (f / "model.safetensors").write_bytes(b"x" * 99), "not a readable safetensors file"),
-    "cut short": (lambda f: os.truncate(f / "model.safetensors", 9999), "not a readable safetensors file"),
+    "not safetensors": (lambda f: (f / "model.safetensors").write_bytes(b"x" * 99), "damaged or cut short"),
+    "cut short": (lambda f: os.truncate(f / "model.safetensors", 9999), "damaged or cut short"),
     "missing tensor": (lambda f: change_weights(f, lambda t: t.pop(PROJ)), f"tensor {PROJ} is missing"),
     "unknown tensor": (
         lambda f: change_weights(f, lambda t: t.update({"model.extra": torch.zeros(1)})),
