@@ -1,6 +1,6 @@
 """The run directory: where every file of a run lies. A contract between roles; nobody else builds a path.
 
-config.toml  provenance.json         resolved configuration; git commit and package versions
+config.toml  provenance.json         resolved configuration; git commit, package versions, fingerprints of the inputs
 prompts/{train,heldout}/             tokenised once, memory-mapped
 weights/v000003/                     a complete Hugging Face checkpoint of policy version 3
 rollouts/STAGE/unit_000004.safetensors   responses, as generated
