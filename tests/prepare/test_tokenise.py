@@ -18,7 +18,7 @@ from pyarrow.parquet import write_table
 from megatron_npd.data.prompts import PromptSet, load_prompt_set
 from megatron_npd.errors import UserError
 from megatron_npd.models.hf_config import eos_token_ids
-from megatron_npd.prepare import tokenise
+from megatron_npd.prepare import part_maker
 from megatron_npd.prepare.preflight import preflight
 from megatron_npd.prepare.prepare import prepare
 from megatron_npd.prepare.prompt_parts import tokenise_part
@@ -51,9 +51,9 @@ FORMATS: dict[str, Callable[[Path], Path]] = {"lines": as_lines, "parquet": as_p
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of this test's own."""
     monkeypatch.setenv("NPD_CACHE", str(tmp_path / "cache"))
-    tokenise._store.cache_clear()
+    part_maker._store.cache_clear()
     yield tmp_path / "cache" / "prompts"
-    tokenise._store.cache_clear()
+    part_maker._store.cache_clear()
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -76,7 +76,7 @@ def test_every_format_gives_the_same_bytes(inputs: Inputs) -> None:
 
 def test_processes_make_what_one_makes(inputs: Inputs, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = prepared(inputs, as_lines(inputs.root), "alone")
-    monkeypatch.setattr(tokenise, "BATCH", 100)  # part of what a part is named after: nothing is found ready
+    monkeypatch.setattr(part_maker, "BATCH", 100)  # part of what a part is named after: nothing is found ready
     together = prepared(inputs, as_lines(inputs.root), "together")
     assert content(alone) == content(together)
 
@@ -89,7 +89,7 @@ def test_a_fault_is_found_in_every_process_and_the_first_is_named(
     for number in (951, 420, 777):
         lines[number - 1] = '{"messages": []}'
     path.write_text("\n".join(lines))
-    monkeypatch.setattr(tokenise, "BATCH", 100)
+    monkeypatch.setattr(part_maker, "BATCH", 100)
     with pytest.raises(UserError, match=r"rows\.jsonl:420: must have a non-empty list"):
         prepared(inputs, path, "run")
     assert not (inputs.root / "run").exists()
@@ -104,7 +104,7 @@ def test_what_was_tokenised_is_not_tokenised_again(
         made.append(len(batch))
         return tokenise_part(path, kind, batch, reader, framer)
 
-    monkeypatch.setattr(tokenise, "tokenise_part", counted)
+    monkeypatch.setattr(part_maker, "tokenise_part", counted)
     preflight(inputs.config)  # what `npd check` does
     assert made == [6, 3]
     prepare(inputs.config)
@@ -126,8 +126,8 @@ def test_what_was_tokenised_is_not_tokenised_again(
 def test_an_interrupted_command_goes_on_where_it_was(
     inputs: Inputs, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokenise, "BATCH", 400)
-    monkeypatch.setattr(tokenise, "ALONE", 5)
+    monkeypatch.setattr(part_maker, "BATCH", 400)
+    monkeypatch.setattr(part_maker, "ALONE", 5)
     whole = prepared(inputs, as_lines(inputs.root), "whole")
     (done,) = [folder for folder in cache.iterdir() if len(list(folder.glob("part_*"))) == 3]
     (done / "done.json").unlink()
@@ -150,17 +150,17 @@ def test_a_cache_that_cannot_be_written_is_announced(
 ) -> None:
     (inputs.root / "file").write_text("")
     monkeypatch.setenv("NPD_CACHE", str(inputs.root / "file"))
-    tokenise._store.cache_clear()
+    part_maker._store.cache_clear()
     with caplog.at_level(logging.WARNING):
         prepare(inputs.config)
-    tokenise._store.cache_clear()
+    part_maker._store.cache_clear()
     assert "NPD_CACHE" in caplog.text and "cannot be kept" in caplog.text
     assert len(load_prompt_set(inputs.run / "prompts" / "train")) == 6
 
 
 def test_old_data_sets_leave_the_cache(inputs: Inputs, cache: Path) -> None:
     old, young = cache / "old", cache / "young"
-    for folder, days in ((old, tokenise.KEPT_DAYS + 1), (young, tokenise.KEPT_DAYS - 1)):
+    for folder, days in ((old, part_maker.KEPT_DAYS + 1), (young, part_maker.KEPT_DAYS - 1)):
         folder.mkdir(parents=True)
         os.utime(folder, (0, folder.stat().st_mtime - days * 86400))
     preflight(inputs.config)
