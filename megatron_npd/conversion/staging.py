@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,14 @@ def identity(files: Iterable[Path]) -> dict[str, list[Any]]:
 
 
 @contextlib.contextmanager
-def staged(output: Path, inputs: Sequence[Path], job: dict[str, Any], overwrite: bool, nbytes: int) -> Iterator[Path]:
+def staged(
+    output: Path,
+    inputs: Sequence[Path],
+    job: dict[str, Any],
+    overwrite: bool,
+    nbytes: int,
+    check: Callable[[], object] = lambda: None,
+) -> Iterator[Path]:
     """The folder to work in; it becomes `output` when the block ends without an exception.
 
     Args:
@@ -46,6 +53,7 @@ def staged(output: Path, inputs: Sequence[Path], job: dict[str, Any], overwrite:
         job: JSON that describes the input and the options.
         overwrite: replace a complete output, and drop an interrupted one of another job.
         nbytes: about as many will be written.
+        check: called when it is clear that they can be, before anything is: what it raises leaves nothing behind.
 
     Raises:
         UserError: the output is there, or an interrupted other job, or another process at work, or too little space.
@@ -53,6 +61,7 @@ def staged(output: Path, inputs: Sequence[Path], job: dict[str, Any], overwrite:
     staging = output.with_name(f".staging-{output.name}")
     _check_output(output, inputs, overwrite)
     _check_space(staging, nbytes)
+    check()
     staging.mkdir(parents=True, exist_ok=True)
     with open(staging / LOCK, "w") as lock:
         _take(lock.fileno(), staging)

@@ -47,13 +47,16 @@ def to_megatron(
         tensors = HuggingFaceSource(source, dims)
         for what in tensors.places.left_out:
             logger.warning("%s: not read: %s", source, what)
-        check_weights(str(source), tensors.places, dims)
         tensors.check_shapes({name: place.shape for name, place in layout.places.items()})
         dtypes = {name: dtype or tensors.dtype(name) for group in groups for name in group}
         _check_one_dtype_each(source, layout, dtypes)
         sizes = {name: math.prod(layout.places[name].shape) * dtypes[name].itemsize for name in dtypes}
         progress = ProgressBar("hf-to-megatron", sum(sizes.values()))
-        with staged(output, [source], _job(source, dtype), overwrite, sum(sizes.values())) as staging:
+
+        def check() -> None:
+            check_weights(str(source), tensors.places, dims)
+
+        with staged(output, [source], _job(source, dtype), overwrite, sum(sizes.values()), check) as staging:
             writer = TorchDistWriter(staging, layout, groups, dtypes)
             there = [number for number in range(len(groups)) if writer.is_written(number)]
             for number in there:
