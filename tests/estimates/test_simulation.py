@@ -67,6 +67,39 @@ def test_sidecars_and_annotators_are_a_pipeline() -> None:
     assert timeline.busy(ANNOTATOR) == pytest.approx(6 * 2)
 
 
+def test_given_responses_take_no_time_to_sample_but_are_annotated() -> None:
+    """Of 6 units 4 are given: 2 seconds to sample the others, 2 to annotate each."""
+    given = replace(work(units=6, rounds=1), stages=[])
+    for stage in work(units=6, rounds=1).stages:
+        given.stages.append(replace(stage, given_units=4) if stage.units[0] > 1 else stage)
+    timeline = simulate(given, rates(rollout=100.0, annotator=5.0), Workers())
+    assert timeline.busy(ROLLOUT) == pytest.approx(0.1 + 2 * 1)
+    assert timeline.busy(ANNOTATOR) == pytest.approx(6 * 2)
+
+
+@pytest.mark.parametrize("source", ["teacher", "data"])
+def test_a_run_without_rounds_is_simulated(source: str) -> None:
+    config = Config.model_validate(
+        {
+            "run_directory": "-",
+            "models": {"teacher": "-", "student": "-"},
+            "prompts": {"train": "-", "heldout": "-"},
+            "rounds": {"count": 0},
+            "warmup": {"source": source, "samples_per_prompt": 1},
+            "rollout": {"samples_per_unit": 10},
+            "annotator": {"pack_length": 4096},
+        }
+    )
+    equal = rates(rollout=100.0)
+    plan = make_plan(config, 100, 10)
+    simulated = workload(config, plan, equal)
+    assert [stage.name for stage in simulated.stages] == ["heldout", "warmup"] and simulated.final_version == 1
+    assert simulated.stages[1].given_units == (10 if source == "data" else 0)
+    timeline = simulate(simulated, equal, Workers(sidecars=0, teacher_sidecars=1))
+    sampled = 10 + (100 if source == "teacher" else 0)
+    assert timeline.busy(ROLLOUT) == pytest.approx(sampled * equal.samples.response_tokens / 100.0, rel=1e-3)
+
+
 def test_more_sidecars_divide_the_units() -> None:
     timeline = simulate(work(units=6, rounds=1), rates(rollout=100.0), Workers(sidecars=4))
     assert timeline.seconds == pytest.approx(2.0), "one begins with the held-out response; the others have 2 units each"

@@ -14,14 +14,17 @@ import pyarrow
 import pytest
 from inputs import Inputs
 from pyarrow.parquet import write_table
+from tiny_tokenizer import make_tokenizer
 
 from megatron_npd.data.prompts import PromptSet, load_prompt_set
+from megatron_npd.data.tokenizer import load_tokenizer
 from megatron_npd.errors import UserError
 from megatron_npd.models.hf_config import eos_token_ids
 from megatron_npd.prepare import part_maker
 from megatron_npd.prepare.preflight import preflight
 from megatron_npd.prepare.prepare import prepare
 from megatron_npd.prepare.prompt_parts import tokenise_part
+from megatron_npd.teacher.prefix import unconditional_prefix
 
 ROWS = [
     {"id": f"q{i}", "messages": [{"role": "user", "content": f"What is {i} + {i * i}?\u2028 {'x' * (i % 7)}"}]}
@@ -214,3 +217,20 @@ def test_prompt_sets_know_how_they_were_framed(inputs: Inputs) -> None:
     assert framing["format"] == "chat" and framing["chat_template_kwargs"] == {} and framing["prompts"] == 6
     assert prompts.framing is None, "one way of framing needs no column"
     assert eos_token_ids(inputs.student) == [2]
+
+
+def test_base_models_need_no_chat_template(inputs: Inputs) -> None:
+    for folder in (inputs.teacher, inputs.student):
+        make_tokenizer(folder, template=None)
+        (folder / "chat_template.jinja").unlink()
+    lines_of(inputs.train, "Once upon", "A time")
+    lines_of(inputs.heldout, "There was")
+    inputs.set("prompts.format", "text")
+    prepare(inputs.config)
+    prompts = load_prompt_set(inputs.run / "prompts" / "train")
+    tokenizer = load_tokenizer(inputs.student, trust_remote_code=False)
+    assert [tokenizer.decode(prompts[row].tolist()) for row in range(2)] == ["Once upon", "A time"]
+    assert prompts.framings_of(np.arange(2)) == [{"format": "text", "prompts": 2}]
+    assert unconditional_prefix(tokenizer, "auto", "text") == [2], "what ends a text stands before the next"
+    with pytest.raises(UserError, match="plain texts"):
+        unconditional_prefix(tokenizer, "assistant_header", "text")
