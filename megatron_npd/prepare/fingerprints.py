@@ -4,8 +4,8 @@ Small files of a checkpoint count by their content; a weight file by its size, i
 evenly over it and one of each tensor, which takes milliseconds and finds another training step, another rounding,
 another model, a tensor from elsewhere. Times of files do not count.
 
-`prepare` compares all inputs at each start. A role, which may be started by hand and often, compares teacher and student
-alone: the prompts it reads are those in the run directory.
+`prepare` compares all inputs at each start. A role, which may be started by hand and often, compares teacher and
+student alone: the prompts it reads are those in the run directory.
 """
 
 from __future__ import annotations
