@@ -45,8 +45,8 @@ def to_megatron(
     layout, groups = checkpoint_layout(dims, parallel), groups_of(dims)
     with PeakMemory(period_seconds=SAMPLE_SECONDS) as peak:
         tensors = HuggingFaceSource(source, dims)
-        for what in tensors.places.left_out:
-            logger.warning("%s: not read: %s", source, what)
+        if tensors.places.left_out:
+            logger.warning("%s: not read: %s", source, tensors.places.left_out_text())
         tensors.check_shapes({name: place.shape for name, place in layout.places.items()})
         dtypes = {name: dtype or tensors.dtype(name) for group in groups for name in group}
         _check_one_dtype_each(source, layout, dtypes)

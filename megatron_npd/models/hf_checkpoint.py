@@ -10,11 +10,16 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_npd.errors import UserError
 from megatron_npd.files import read_json
-from megatron_npd.models.families.family import EMBEDDING
 from megatron_npd.models.hf_config import ModelDims, eos_token_ids, read_model_dims
 from megatron_npd.models.tensor_map import all_hugging_face_names, unknown_hugging_face_names
+from megatron_npd.models.tensor_shapes import implied_shape
 
 INDEX = "model.safetensors.index.json"
+FLOAT_TYPES = ("F32", "BF16", "F16")
+"""Data types that weights may have, as safetensors names them. Others would be cast unsaid: integers are no weights
+without their scales, and eight-bit floats neither."""
+NAMED = 3
+"""Of what is left out, how much is spelled out."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +30,15 @@ class TensorFiles:
     """By tensor name."""
     shapes: dict[str, tuple[int, ...]]
     """By tensor name."""
+    dtypes: dict[str, str]
+    """By tensor name, as safetensors names them."""
     left_out: list[str]
     """Files and copies of tensors that the index does not name, for people."""
+
+    def left_out_text(self) -> str:
+        """What is left out, in one line; empty where nothing is."""
+        more = len(self.left_out) - NAMED
+        return "; ".join(self.left_out[:NAMED]) + (f"; and {more} more" if more > 0 else "")
 
 
 @dataclass(frozen=True)
@@ -98,8 +110,9 @@ def tensor_files(folder: Path, called: str = "") -> TensorFiles:
     left_out = [f"file {name}, which {INDEX} does not list" for name in unlisted]
     of: dict[str, Path] = {}
     shapes: dict[str, tuple[int, ...]] = {}
+    dtypes: dict[str, str] = {}
     for file in files:
-        for name, shape in _read_shapes(file).items():
+        for name, (shape, dtype) in _read_kinds(file).items():
             if index and index.get(name) != file.name:
                 left_out.append(f"tensor {name} of {file.name}, which {INDEX} does not name")
             elif name in of:
@@ -108,11 +121,11 @@ def tensor_files(folder: Path, called: str = "") -> TensorFiles:
                     f"{INDEX} must say which counts"
                 )
             else:
-                of[name], shapes[name] = file, shape
+                of[name], shapes[name], dtypes[name] = file, shape, dtype
     for name, file_name in index.items():
         if name not in of:
             raise UserError(f"{called}: {INDEX} says that {file_name} holds tensor {name}; it does not")
-    return TensorFiles(of, shapes, left_out)
+    return TensorFiles(of, shapes, dtypes, left_out)
 
 
 def check_names(called: str, found: Collection[str], dims: ModelDims) -> None:
@@ -124,8 +137,8 @@ def check_names(called: str, found: Collection[str], dims: ModelDims) -> None:
     missing = [name for name in all_hugging_face_names(dims) if name not in found]
     if missing:
         raise UserError(
-            f"{called}: tensor {missing[0]} is missing ({len(missing)} in all); the weight files must hold every "
-            "tensor that config.json implies"
+            f"{called}: tensor {missing[0]} is missing ({len(missing)} in all); the weight files must hold, and an "
+            "index must name, every tensor that config.json implies"
         )
     unknown = unknown_hugging_face_names(found, dims)
     if unknown:
@@ -149,22 +162,25 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _check_tensors(checkpoint: Checkpoint) -> TensorFiles:
-    """Names of all tensors, shape of the embedding."""
+    """Names, shapes and data types of all tensors."""
     dims, found = checkpoint.dims, tensor_files(checkpoint.folder, str(checkpoint))
     check_names(str(checkpoint), found.of, dims)
-    expected = (dims.vocab_size, dims.hidden_size)
-    if found.shapes[EMBEDDING] != expected:
-        raise UserError(
-            f"{checkpoint}: {EMBEDDING} has shape {found.shapes[EMBEDDING]}; must be {expected} (vocab_size, "
-            "hidden_size)"
-        )
+    for name in all_hugging_face_names(dims):
+        expected, derived = implied_shape(name, dims)
+        if found.shapes[name] != expected:
+            raise UserError(f"{checkpoint}: {name} has shape {found.shapes[name]}; must be {expected} ({derived})")
+        if found.dtypes[name] not in FLOAT_TYPES:
+            raise UserError(
+                f"{checkpoint}: tensor {name} is {found.dtypes[name]}; must be one of {', '.join(FLOAT_TYPES)}"
+            )
     return found
 
 
-def _read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Tensor shapes of one file; opening it verifies that its header and its size agree."""
+def _read_kinds(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and data type of each tensor of a file; opening it verifies that its header and its size agree."""
     try:
         with safe_open(file, framework="numpy") as tensors:
-            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+            slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 - it is no mapping
+            return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: damaged or cut short ({error}); must be a whole safetensors file") from None

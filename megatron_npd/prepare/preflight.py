@@ -51,9 +51,8 @@ def preflight(config: Config, with_weights: bool = True) -> Inputs:
     """
     teacher, student = check_models(config, with_weights)
     for checkpoint in (teacher, student):
-        if checkpoint.tensors:
-            for what in checkpoint.tensors.left_out:
-                logger.warning("%s: not read: %s", checkpoint, what)
+        if checkpoint.tensors and checkpoint.tensors.left_out:
+            logger.warning("%s: not read: %s", checkpoint, checkpoint.tensors.left_out_text())
     tokenizer = shared_tokenizer(teacher, student, config.models.trust_remote_code)
     if teacher.dims.vocab_size != student.dims.vocab_size:
         logger.info(

@@ -112,9 +112,14 @@ def check_inputs(run: RunDirectory, config: Config, now: Fingerprints) -> None:
     """Refuse inputs that were exchanged since a run was prepared.
 
     Raises:
-        UserError: see `refuse_changed`.
+        UserError: see `refuse_changed`; provenance.json is damaged.
     """
-    recorded = read_json(run.provenance).get("inputs") if run.provenance.is_file() else None
+    try:
+        recorded = dict(read_json(run.provenance)).get("inputs") if run.provenance.is_file() else None
+    except (ValueError, TypeError):
+        raise UserError(
+            f"{run.provenance}: must be JSON, as it was written; without this file inputs are not compared"
+        ) from None
     if recorded is None:
         logger.warning(
             "%s: does not say what its inputs were (an older version prepared it): they are not compared",

@@ -27,15 +27,17 @@ from megatron_npd.hardware.host import cores
 from megatron_npd.models.families.family import EMBEDDING
 from megatron_npd.models.hf_checkpoint import TensorFiles
 from megatron_npd.models.hf_config import ModelDims
+from megatron_npd.weights.stored_frequencies import INVERSE_FREQUENCIES, check_frequencies
 from megatron_npd.weights.tensor_file import StoredTensor, stored_tensors
 
 logger = logging.getLogger(__name__)
 
 HEAD = "lm_head.weight"
-INVERSE_FREQUENCIES = "rotary_emb.inv_freq"
+LONG_READ = 10 * 2**30
+"""Bytes that take long enough for a line in a log that no one watches."""
 CHUNK = 1 << 24
 """Bytes read at a time."""
-VERSION = 1
+VERSION = 2
 """Of what is looked for: a checkpoint that an older version found sound is read again."""
 
 
@@ -66,7 +68,7 @@ def check_weights(called: str, places: TensorFiles, dims: ModelDims) -> None:
             differs; stored rotary frequencies are not those that config.json implies.
     """
     marker = cache_folder("weights") / f"{_identity(places, dims)}.json"
-    if marker.is_file():
+    if os.path.isfile(marker):  # pathlib's raises where the folder may not be looked into
         return
     tensors = stored_tensors(places)
     _check_finite(called, tensors)
@@ -74,7 +76,7 @@ def check_weights(called: str, places: TensorFiles, dims: ModelDims) -> None:
         _check_same_head(called, tensors[HEAD], tensors[EMBEDDING])
     for name, stored in tensors.items():
         if name.endswith(INVERSE_FREQUENCIES):
-            _check_frequencies(called, name, stored, dims)
+            check_frequencies(called, name, stored, dims)
     try:
         write_json(marker, {"checkpoint": called})
     except OSError as error:
@@ -100,6 +102,8 @@ def _state(path: Path) -> tuple[int, int, int]:
 def _check_finite(called: str, tensors: dict[str, StoredTensor]) -> None:
     floats = {name: stored for name, stored in tensors.items() if stored.dtype_name in FLOATS}
     total = sum(stored.nbytes for stored in floats.values())
+    if total >= LONG_READ and not sys.stderr.isatty():
+        logger.info("%s: reading %.0f GB of weights once, for numbers that are none", called, total / 1e9)
     progress: Any = tqdm(
         total=total, desc=f"reading {called}", unit="B", unit_scale=True, disable=not sys.stderr.isatty()
     )
@@ -137,32 +141,20 @@ def _check_same_head(called: str, head: StoredTensor, embedding: StoredTensor) -
         )
 
 
-def _check_frequencies(called: str, name: str, stored: StoredTensor, dims: ModelDims) -> None:
-    """Old checkpoints store what is computed from config.json since; a patched one may store something else."""
-    scaling = dims.rope_scaling
-    if stored.dtype_name not in FLOATS or (scaling and scaling.rope_type != "linear"):
-        return
-    factor = scaling.factor if scaling else 1.0
-    expected = dims.rope_theta ** -(np.arange(0, dims.head_dim, 2) / dims.head_dim) / factor
-    found = stored.read().double().numpy()
-    if found.shape != expected.shape or not np.allclose(found, expected, rtol=1e-2):
-        raise UserError(
-            f"{called}: tensor {name} of {stored.path.name} holds rotary frequencies other than config.json implies "
-            f"(rope_theta = {dims.rope_theta:g}); must be the same, or not there"
-        )
-
-
 def _chunks(stored: StoredTensor) -> Iterator[bytes]:
-    """The bytes of a tensor."""
+    """The bytes of a tensor. Raises UserError where the file cannot be read."""
     left = stored.nbytes
-    with open(stored.path, "rb", buffering=0) as file:
-        file.seek(stored.begin)
-        while left:
-            chunk = file.read(min(CHUNK, left))
-            if len(chunk) < min(CHUNK, left):
-                chunk += _rest(file.fileno(), min(CHUNK, left) - len(chunk), stored.path)
-            left -= len(chunk)
-            yield chunk
+    try:
+        with open(stored.path, "rb", buffering=0) as file:
+            file.seek(stored.begin)
+            while left:
+                chunk = file.read(min(CHUNK, left))
+                if len(chunk) < min(CHUNK, left):
+                    chunk += _rest(file.fileno(), min(CHUNK, left) - len(chunk), stored.path)
+                left -= len(chunk)
+                yield chunk
+    except OSError as error:
+        raise UserError(f"{stored.path}: cannot be read ({error.strerror})") from None
 
 
 def _rest(descriptor: int, size: int, path: Path) -> bytes:

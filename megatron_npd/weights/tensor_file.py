@@ -15,7 +15,7 @@ from megatron_npd.models.hf_checkpoint import TensorFiles
 from megatron_npd.safetensors_format import read_header
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-"""Name in a safetensors header -> data type, of those that a model may have here."""
+"""Name in a safetensors header -> data type, of those that a model may have here (`hf_checkpoint.FLOAT_TYPES`)."""
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 

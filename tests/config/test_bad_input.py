@@ -87,7 +87,8 @@ def edit_end(inputs: Inputs, value: object) -> None:
 
 def edit_heads(inputs: Inputs, heads: int, kv_heads: int) -> None:
     for folder in (inputs.teacher, inputs.student):
-        edit_json(folder / "config.json", num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=32)
+        sizes = {"hidden_size": 32 * heads, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
+        make_llama(folder, seed=0, num_hidden_layers=1, **sizes)
 
 
 def edit_tokenizers(inputs: Inputs, name: str, **values: object) -> None:

@@ -6,21 +6,24 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from inputs import Inputs
 from safetensors.torch import load_file, save_file
-from tiny_models import FAMILIES, make_llama, make_model
+from tiny_models import FAMILIES, LLAMA3_ROPE, make_llama, make_model
 
 from megatron_npd.conversion.to_megatron import to_megatron
 from megatron_npd.distributed.parallel import Parallel
 from megatron_npd.errors import UserError
-from megatron_npd.models.hf_checkpoint import INDEX, check_checkpoint, tensor_files
+from megatron_npd.mcore.rotary import inverse_frequencies
+from megatron_npd.models.hf_checkpoint import FLOAT_TYPES, INDEX, check_checkpoint, tensor_files
 from megatron_npd.models.hf_config import read_model_dims
 from megatron_npd.prepare.preflight import preflight
 from megatron_npd.weights import soundness
 from megatron_npd.weights.source import HuggingFaceSource, open_checkpoint
+from megatron_npd.weights.tensor_file import DTYPES
 
 HEAD, NORM, EMBEDDING = "lm_head.weight", "model.norm.weight", "model.embed_tokens.weight"
 
@@ -117,6 +120,48 @@ def test_what_leaves_a_doubt_is_refused(sharded: Path, spoil: Callable[[Path], N
     assert all(word in str(refused.value) for word in words), refused.value
 
 
+def test_much_that_is_left_out_is_one_line(
+    inputs: Inputs, parallel: Parallel, caplog: pytest.LogCaptureFixture
+) -> None:
+    """All tensors lie in each of the listed files."""
+    (inputs.student / "model.safetensors").unlink()
+    make_llama(inputs.student, 0, num_hidden_layers=1, tied=False, split=True)
+    index = json.loads((inputs.student / INDEX).read_text())["weight_map"]
+    tensors = {name: load_file(inputs.student / file)[name] for name, file in index.items()}
+    for file in set(index.values()):
+        save_file(tensors, inputs.student / file, {"format": "pt"})
+    for command in (lambda: preflight(inputs.config), lambda: to_megatron(inputs.student, inputs.root / "c", parallel)):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            command()
+        [line] = [record.getMessage() for record in caplog.records if "not read" in record.getMessage()]
+        assert f"and {len(tensors) * (len(set(index.values())) - 1) - 3} more" in line
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shapes_of_every_family(family: str, tmp_path: Path) -> None:
+    """Sizes differ, so that no two are mistaken for one another."""
+    head_dim = 16 if family == "openpangu" else 20  # its config.json has no key for another
+    sizes = {"vocab_size": 130, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": head_dim}
+    folder = make_model(family, tmp_path, 0, **sizes)
+    assert check_checkpoint("models.teacher", folder).tensors is not None
+    for name in {name.split(".")[-2] + "." + name.split(".")[-1]: name for name in tensor_files(folder).of}.values():
+        right = load_file(folder / "model.safetensors")[name]
+        change(folder / "model.safetensors", **{name.replace(".", "__"): right[:-1].contiguous()})
+        with pytest.raises(UserError, match=rf"models.teacher = .*: {name} has shape .*; must be "):
+            check_checkpoint("models.teacher", folder)
+        change(folder / "model.safetensors", **{name.replace(".", "__"): right})
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int8, torch.float8_e4m3fn])
+def test_weights_of_other_types_are_not_cast_unsaid(tmp_path: Path, dtype: torch.dtype) -> None:
+    folder = make_llama(tmp_path, 0)
+    change(folder / "model.safetensors", model__norm__weight=torch.ones(64).to(dtype))
+    with pytest.raises(UserError, match=r"tensor model.norm.weight is \w+; must be one of F32, BF16, F16"):
+        check_checkpoint("models.teacher", folder)
+    assert tuple(DTYPES) == FLOAT_TYPES
+
+
 def looked_at(folder: Path) -> None:
     soundness.check_weights("models.teacher", tensor_files(folder), read_model_dims(folder))
 
@@ -149,14 +194,42 @@ def test_families_tie_by_default_what_transformers_ties(tmp_path: Path) -> None:
         assert read_model_dims(folder).tied_embeddings == config_class().tie_word_embeddings, family
 
 
-@pytest.mark.parametrize("factor", [1.0, 0.5])
-def test_stored_rotary_frequencies_must_be_those_of_config_json(tmp_path: Path, factor: float) -> None:
-    folder = make_llama(tmp_path, 0)
-    stored = factor * 10000.0 ** -(torch.arange(0, 32, 2) / 32)
-    change(folder / "model.safetensors", model__layers__0__self_attn__rotary_emb__inv_freq=stored.bfloat16())
-    if factor == 1.0:
+def store_frequencies(folder: Path, frequencies: torch.Tensor) -> None:
+    change(folder / "model.safetensors", model__layers__0__self_attn__rotary_emb__inv_freq=frequencies)
+
+
+def frequencies_of(theta: float) -> torch.Tensor:
+    return theta ** -(torch.arange(0, 32, 2) / 32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("theta", [1e4, 1e7])
+def test_stored_rotary_frequencies_of_config_json_are_fine(tmp_path: Path, dtype: torch.dtype, theta: float) -> None:
+    """The smallest of theta 1e7 are no multiple of what float16 can tell apart."""
+    folder = make_llama(tmp_path, 0, rope_parameters={"rope_type": "default", "rope_theta": theta})
+    store_frequencies(folder, frequencies_of(theta).to(dtype))
+    looked_at(folder)
+
+
+@pytest.mark.parametrize("rope", [LLAMA3_ROPE, {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}])
+def test_stored_frequencies_are_scaled_or_not(tmp_path: Path, rope: dict[str, Any]) -> None:
+    """As newer and as older versions of transformers stored them; other scaling is other frequencies."""
+    folder = make_llama(tmp_path, 0, rope_parameters=rope)
+    scaled = inverse_frequencies(read_model_dims(folder))
+    for right in (scaled, frequencies_of(1e4)):
+        store_frequencies(folder, right.clone())
         looked_at(folder)
-        return
+    store_frequencies(folder, scaled / 2)
+    with pytest.raises(UserError, match="rotary frequencies other"):
+        looked_at(folder)
+
+
+@pytest.mark.parametrize(
+    "stored", [frequencies_of(1e4) / 2, frequencies_of(2e4), frequencies_of(1e4)[:-1], torch.arange(16)]
+)
+def test_other_rotary_frequencies_are_not_dropped(tmp_path: Path, stored: torch.Tensor) -> None:
+    folder = make_llama(tmp_path, 0)
+    store_frequencies(folder, stored.contiguous())
     with pytest.raises(UserError, match=r"rotary frequencies other than config\.json implies"):
         looked_at(folder)
 
@@ -222,3 +295,14 @@ def test_a_cache_that_cannot_be_written_is_announced(
     with caplog.at_level(logging.WARNING):
         looked_at(make_llama(tmp_path / "model", 0))
     assert "NPD_CACHE" in caplog.text
+
+
+def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_llama(tmp_path / "model", 0)
+    places, dims = tensor_files(folder), read_model_dims(folder)
+    header = soundness.stored_tensors(places)
+    monkeypatch.setattr(soundness, "stored_tensors", lambda _: header)
+    (folder / "model.safetensors").rename(folder / "elsewhere")
+    (folder / "model.safetensors").mkdir()
+    with pytest.raises(UserError, match=r"model\.safetensors: cannot be read \(Is a directory\)"):
+        soundness.check_weights("models.teacher", places, dims)

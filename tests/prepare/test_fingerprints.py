@@ -76,6 +76,22 @@ def test_an_exchanged_input_is_refused_by_name(inputs: Inputs, capsys: pytest.Ca
         assert line.count("\n") == 1 and all(word in line for word in [*words, "was prepared"]), line
 
 
+def test_a_tensor_from_elsewhere_is_found_however_large_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It lies between the blocks that are read evenly over the file."""
+    path, tensors = tmp_path / "model.safetensors", {f"x{number:03d}": torch.ones(1 << 10) for number in range(256)}
+    monkeypatch.setattr(fingerprints, "SAMPLES", 4)
+    monkeypatch.setattr(fingerprints, "BLOCK", 1 << 10)
+    monkeypatch.setattr(fingerprints, "OF_TENSOR", 64)
+    save_file(tensors, path)
+    before, found = fingerprints._of_weights(path), set()
+    for name in tensors:
+        save_file(tensors | {name: tensors[name] * 1.5}, path)
+        found.add(fingerprints._of_weights(path))
+    assert len(found) == len(tensors) and before not in found
+
+
 def test_what_does_not_matter_is_no_change(inputs: Inputs) -> None:
     prepare(inputs.config)
     for path in (inputs.train, inputs.teacher / "model.safetensors", inputs.student / "config.json"):
@@ -95,6 +111,14 @@ def test_a_run_of_an_older_version_goes_on_and_says_so(inputs: Inputs, caplog: p
     with caplog.at_level(logging.WARNING):
         prepare(inputs.config)
     assert "does not say what its inputs were" in caplog.text
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{"])
+def test_a_damaged_record_is_one_line(inputs: Inputs, capsys: pytest.CaptureFixture[str], content: str) -> None:
+    RunDirectory(prepare(inputs.config).root).provenance.write_text(content)
+    assert main(["prepare", str(inputs.path)]) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and "provenance.json: must be JSON" in line, line
 
 
 def test_large_weights_are_sampled_over_their_whole_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,5 +153,12 @@ def test_a_folder_counts_by_names_and_content(tmp_path: Path) -> None:
     before = fingerprint_of_path(folder)
     shutil.copytree(folder, tmp_path / "copy")
     assert fingerprint_of_path(tmp_path / "copy") == before
+    # Left there by `datasets`, by NFS and by a file manager.
+    for passing in ("part/cache-0123.arrow", ".nfs0001", ".DS_Store"):
+        (folder / passing).write_text("x")
+    assert fingerprint_of_path(folder) == before
+    (folder / ".part.parquet").write_text("x")
+    assert fingerprint_of_path(folder) != before
+    (folder / ".part.parquet").unlink()
     (folder / "b").rename(folder / "c")
     assert fingerprint_of_path(folder) != before
