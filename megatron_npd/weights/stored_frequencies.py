@@ -1,4 +1,4 @@
-"""Rotary frequencies that old checkpoints store, though all engines compute them from config.json: are they the same?"""
+"""Rotary frequencies that old checkpoints store, though all engines compute them from config.json."""
 
 from __future__ import annotations
 
