@@ -14,6 +14,8 @@ from megatron_npd.data.prompt_rows import Prompt
 from megatron_npd.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_npd.errors import UserError
 
+pytestmark = pytest.mark.heavy  # transformers
+
 END = 2
 """Id of </s>, which the template closes turns with."""
 

@@ -15,6 +15,8 @@ from megatron_npd.data.round_trip import SAMPLE_TEXTS, changes
 from megatron_npd.data.tokenizer import load_tokenizer
 from megatron_npd.errors import UserError
 
+pytestmark = pytest.mark.heavy  # transformers
+
 CLASSES = (
     "LlamaTokenizerFast",
     "LlamaTokenizer",

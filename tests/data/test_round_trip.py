@@ -12,6 +12,8 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 from megatron_npd.data.round_trip import SAMPLE_TEXTS, Change, changed, changes
 from megatron_npd.data.tokenizer import Tokenizer, auto_tokenizer, load_tokenizer
 
+pytestmark = pytest.mark.heavy  # transformers
+
 TEXT = "Hello big\n x"
 
 

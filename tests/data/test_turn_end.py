@@ -10,6 +10,8 @@ from tiny_tokenizer import TEMPLATE, make_tokenizer
 
 from megatron_npd.data.tokenizer import load_tokenizer
 
+pytestmark = pytest.mark.heavy  # transformers
+
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
