@@ -77,6 +77,7 @@ def test_every_format_gives_the_same_bytes(inputs: Inputs) -> None:
     assert content(folders[0]) == content(folders[1]) == content(folders[2])
 
 
+@pytest.mark.slow  # starts processes
 def test_processes_make_what_one_makes(inputs: Inputs, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = prepared(inputs, as_lines(inputs.root), "alone")
     monkeypatch.setattr(part_maker, "BATCH", 100)  # part of what a part is named after: nothing is found ready
@@ -84,6 +85,7 @@ def test_processes_make_what_one_makes(inputs: Inputs, cache: Path, monkeypatch:
     assert content(alone) == content(together)
 
 
+@pytest.mark.slow  # starts processes
 def test_a_fault_is_found_in_every_process_and_the_first_is_named(
     inputs: Inputs, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
