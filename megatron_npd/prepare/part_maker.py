@@ -33,7 +33,7 @@ from megatron_npd.cache import CACHE_VARIABLE, cache_folder
 from megatron_npd.config import Config
 from megatron_npd.data.framing import Framer
 from megatron_npd.data.prompt_rows import RowReader
-from megatron_npd.data.rows import RowBatch, Rows
+from megatron_npd.data.rows import HUB, RowBatch, Rows
 from megatron_npd.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_npd.errors import UserError, storage_reason
 from megatron_npd.files import read_json, write_json
@@ -69,7 +69,7 @@ class PartWork:
         framing = config.prompts.model_dump(exclude={"train", "heldout", "max_prompt_tokens", "too_long"})
         student = Path(config.models.student)
         depends_on = {
-            "content": getattr(rows, "fingerprint", None) or fingerprint_of_path(Path(path)),
+            "content": getattr(rows, "fingerprint", "") if path.startswith(HUB) else fingerprint_of_path(Path(path)),
             "named": path,
             "prompts": framing,
             "tokenizer": [_hash_of_tokenizer(student), config.models.trust_remote_code, end_ids],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -126,6 +127,15 @@ def test_what_was_tokenised_is_not_tokenised_again(
     inputs.set("rollout.max_new_tokens", 30)
     preflight(inputs.config)
     assert made == [6, 3, 3, 6, 3]
+
+
+def test_a_saved_sets_files_count_not_what_they_call_themselves(inputs: Inputs, cache: Path) -> None:
+    path = as_saved_set(inputs.root)
+    first = content(prepared(inputs, path, "first"))
+    other = [row | {"messages": [{"role": "user", "content": f"Another {row['id']}"}]} for row in ROWS]
+    datasets.Dataset.from_list(other).save_to_disk(inputs.root / "other")
+    shutil.copyfile(next((inputs.root / "other").glob("*.arrow")), next(path.glob("*.arrow")))
+    assert content(prepared(inputs, path, "second"))["ids.npy"] != first["ids.npy"]
 
 
 def test_an_interrupted_command_goes_on_where_it_was(
