@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
-from engines import LONGEST, requests
+from engines import LONGEST
 from inputs import Inputs
+from places import SUPPORT
 from pydantic import ValidationError
 from tiny_models import make_llama
 
@@ -15,7 +19,6 @@ from megatron_npd.config import RolloutConfig
 from megatron_npd.errors import UserError
 from megatron_npd.models.hf_config import read_model_dims
 from megatron_npd.prepare.machine import check_machine, least_cache_bytes
-from megatron_npd.schema import TEACHER_VERSION
 from megatron_npd.vllm_engine.start import BATCHED_TOKENS
 
 pytestmark = pytest.mark.slow
@@ -84,31 +87,45 @@ def test_sequences_at_once() -> None:
         scheduler(most + 1)
 
 
-@pytest.mark.usefixtures("engines_live_on")
+STARTED = """
+import sys
+from pathlib import Path
+
+from engines import requests
+from megatron_npd.config import load_config
+from megatron_npd.vllm_engine.engine import RolloutEngine
+
+config = load_config(sys.argv[1])
+engine = RolloutEngine(Path(config.models.teacher), -1, config.rollout, "float32", 150)
+(response,) = engine.generate(requests(1, length=120, max_new_tokens=30, stop_token_ids=[]))
+print("tokens", len(response.ids))
+"""
+
+
 def test_least_cache_of_a_cpu(inputs: Inputs) -> None:
     """The engine starts and generates with just what the check asks for, and with a byte less does neither."""
-    from megatron_npd.vllm_engine.engine import RolloutEngine
-
     make_llama(inputs.teacher, seed=0, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=3)
     inputs.set("prompts.max_prompt_tokens", 120)
     inputs.set("rollout.max_new_tokens", 30)
     inputs.set("annotator.pack_length", 256)
     inputs.set("training.sequence_length", 256)
+    inputs.set("rollout.threads", 1)
     teacher, student = map(read_model_dims, (inputs.teacher, inputs.student))
     least = least_cache_bytes(inputs.config, teacher)
 
-    def start(size: int) -> RolloutEngine:
+    def start(size: int) -> subprocess.CompletedProcess[str]:
+        """In a process of its own: an engine that did not start leaves vLLM's process groups half made."""
         inputs.set("rollout.kv_cache_gib", size / 2**30)
-        inputs.set("rollout.threads", 1)
-        return RolloutEngine(inputs.teacher, TEACHER_VERSION, inputs.config.rollout, "float32", 150)
+        command = [sys.executable, "-c", STARTED, str(inputs.path)]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(SUPPORT), os.environ.get("PYTHONPATH", "")])}
+        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
-    with pytest.raises(ValueError, match="KV cache"):
-        start(least - 1)
+    refused = start(least - 1)
+    assert refused.returncode == 1 and "KV cache" in refused.stderr, refused.stderr[-2000:]
     with pytest.raises(
         UserError, match=r"rollout.kv_cache_gib = .*: must hold one sequence of 151 tokens of the teacher"
     ):
         check_machine(inputs.config, teacher, student)
-    engine = start(least)
+    started = start(least)
+    assert "tokens 30" in started.stdout, started.stderr[-2000:]
     check_machine(inputs.config, teacher, student)
-    (response,) = engine.generate(requests(1, length=120, max_new_tokens=30, stop_token_ids=[]))
-    assert len(response.ids) == 30
