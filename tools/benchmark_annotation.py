@@ -141,8 +141,8 @@ def compare(three: np.ndarray, four: np.ndarray, exact: np.ndarray, tau: float) 
 
 
 def _judged_shards(run: RunDirectory, plan: Plan) -> list[tuple[int, Shard]]:
-    """(policy version, sample shard) of every unit of the rounds that is there."""
-    paths = [(s.version, run.unit("samples", s.name, unit)) for s in plan.round_stages for unit in range(s.units)]
+    """(policy version, sample shard) of every unit of the rounds that a version sampled and that is there."""
+    paths = [(s.version, run.unit("samples", s.name, unit)) for s in plan.round_stages for unit in range(s.own_units)]
     return [(version, read_shard(path, "samples")) for version, path in paths if path.is_file()]
 
 

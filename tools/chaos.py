@@ -190,7 +190,7 @@ def check_buffer(config: Config, outcome: Outcome) -> None:
                 outcome.faults.append(f"{stage.name} unit {unit}: {error}")
                 continue
             found.update(zip(shard["prompt_index"].tolist(), shard["sample_index"].tolist(), strict=True))
-            if set(shard["policy_version"].tolist()) != {stage.version}:
+            if set(shard["policy_version"].tolist()) != {stage.version_of(unit)}:
                 outcome.faults.append(f"{stage.name} unit {unit}: sampled by {set(shard['policy_version'].tolist())}")
         wanted = Counter(zip(stage.prompt_index.tolist(), stage.sample_index.tolist(), strict=True))
         if found != wanted:

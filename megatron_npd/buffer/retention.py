@@ -17,7 +17,7 @@ from megatron_npd.buffer.plan import Plan, Stage
 from megatron_npd.buffer.shards import CorruptShardError, ShardFile
 from megatron_npd.files import read_json, write_json
 from megatron_npd.run_directory import RunDirectory
-from megatron_npd.schema import Verdict
+from megatron_npd.schema import GIVEN_VERSION, Verdict
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,10 @@ def is_trained(run: RunDirectory, stage: str) -> bool:
 
 
 def collected(run: RunDirectory, kind: str, stage: str) -> dict[str, Any] | None:
-    """What a collected stage held: units, samples, bytes, and verdicts {name: count}; None if it is not collected."""
+    """What a collected stage held: units, samples, bytes, and verdicts {name: count}; None if it is not collected.
+
+    `samples` and `verdicts` are of responses that a model sampled, `given` and `given_verdicts` of given ones.
+    """
     path = run.stage(kind, stage) / COLLECTED
     return read_json(path) if path.is_file() else None
 
@@ -79,13 +82,23 @@ def _collect(run: RunDirectory, kind: str, stage: Stage) -> int:
 
 
 def _figures(run: RunDirectory, kind: str, stage: Stage) -> dict[str, Any]:
-    samples, verdicts = 0, Counter({verdict.name.lower(): 0 for verdict in Verdict} if kind == "samples" else {})
+    names = [verdict.name.lower() for verdict in Verdict] if kind == "samples" else []
+    counts = {False: 0, True: 0}
+    verdicts: dict[bool, Counter[str]] = {given: Counter(dict.fromkeys(names, 0)) for given in counts}
     for unit in range(stage.units):
         try:
             with contextlib.closing(ShardFile(run.unit(kind, stage.name, unit), kind)) as shard:
-                samples += len(shard["prompt_index"])
+                given = bool((shard["policy_version"] == GIVEN_VERSION).any())  # a unit is given as a whole, or not
+                counts[given] += len(shard["prompt_index"])
                 if kind == "samples":
-                    verdicts.update(Verdict(verdict).name.lower() for verdict in shard["verdict"])
+                    verdicts[given].update(Verdict(verdict).name.lower() for verdict in shard["verdict"])
         except CorruptShardError as error:
             logger.warning("left out of the figures: %s", error)
-    return {"stage": stage.name, "units": stage.units, "samples": samples, "verdicts": dict(verdicts)}
+    return {
+        "stage": stage.name,
+        "units": stage.units,
+        "samples": counts[False],
+        "given": counts[True],
+        "verdicts": dict(verdicts[False]),
+        "given_verdicts": dict(verdicts[True]),
+    }

@@ -9,7 +9,6 @@ pickle, no torch.
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import logging
@@ -194,16 +193,6 @@ class ShardFile:
                 raise CorruptShardError(f"{self.path}: ends before byte {offset + size}")
             content += part
         return content
-
-
-def count_samples(path: Path, kind: str) -> int:
-    """Samples of a shard, from its header alone.
-
-    Raises:
-        CorruptShardError: see `ShardFile`.
-    """
-    with contextlib.closing(ShardFile(path, kind)) as shard:
-        return len(shard)
 
 
 def read_or_quarantine(path: Path, kind: str) -> Shard | None:

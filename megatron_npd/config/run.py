@@ -316,7 +316,8 @@ class Config(Section):
             return raw
         training, warmup = raw.get("training", {}), raw.get("warmup", {})
         value = training.get("kd_lambda") if isinstance(training, dict) else None
-        if isinstance(warmup, dict) and "kd_lambda" not in warmup and isinstance(value, float) and 0 <= value <= 1:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)  # TOML has 1 and 1.0
+        if isinstance(warmup, dict) and "kd_lambda" not in warmup and is_number and 0 <= value <= 1:
             return raw | {"warmup": warmup | {"kd_lambda": value}}
         return raw
 

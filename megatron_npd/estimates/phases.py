@@ -97,8 +97,8 @@ class RoundsBalance:
 
     @property
     def reading_per_training(self) -> float:
-        """Annotation and evaluation over training."""
-        return (self.annotation + self.evaluation) / self.training
+        """Annotation and evaluation over training; 0 of a run without rounds."""
+        return (self.annotation + self.evaluation) / self.training if self.training else 0.0
 
 
 def measured_course(records: Sequence[Record]) -> Course:

@@ -16,7 +16,7 @@ from megatron_npd.config import Config, Section, load_config
 from megatron_npd.errors import UserError
 from megatron_npd.process.metrics import read_metrics
 from megatron_npd.roles import ANNOTATOR, ROLLOUT, ROLLOUT_TEACHER, SUPERVISOR, TRAINER
-from megatron_npd.run_directory import HELDOUT_STAGE, WARMUP_STAGE, RunDirectory
+from megatron_npd.run_directory import WARMUP_STAGE, RunDirectory
 from megatron_npd.schema import Event, StepMetric
 
 Record = dict[str, Any]
@@ -146,14 +146,13 @@ def rates_of_run(run: RunDirectory) -> Rates:
     if not by_students:
         raise measured.lacks(ANNOTATOR, "unit of a round")
     by_teacher = [unit for unit in units if unit["stage"] == WARMUP_STAGE]
-    kept = sum(unit["kept"] for unit in units) or 1
     return Rates(
         samples=SampleRates(
             prompt_tokens=_ratio(everything, "prompt_tokens", "samples"),
             response_tokens=_ratio(everything, "response_tokens", "samples"),
             kept_share=_ratio(by_students, "kept", "samples"),
             warmup_kept_share=_ratio(by_teacher, "kept", "samples") if by_teacher else 1.0,
-            kept_tokens=_kept_positions(config, steps, units) / kept,
+            kept_tokens=_mean_positions(config, steps, units, measured.some(TRAINER, Event.STAGE)),
             prefilled_tokens=_ratio(by_students, "tokens", "samples"),
             warmup_prefilled_tokens=_ratio(by_teacher, "tokens", "samples") if by_teacher else 0.0,
         ),
@@ -219,16 +218,20 @@ class _Measured:
         return max(self._end - self._last_work, 0.0)
 
 
-def _kept_positions(config: Config, steps: Iterable[Record], units: Iterable[Record]) -> float:
-    """Tokens of all kept samples of the stages that were trained on, once each."""
+def _mean_positions(
+    config: Config, steps: Iterable[Record], units: Iterable[Record], stages: Iterable[Record]
+) -> float:
+    """Mean tokens of the samples that were trained on: of all that were kept, but of given responses only those that
+    the trainer took beside the others, as its records of `stages` say."""
     distinct = {record["step"]: record for record in steps}.values()
-    trained = {record["stage"] for record in distinct}
-    untrained = sum(unit["kept"] for unit in units if unit["stage"] not in trained | {HELDOUT_STAGE})
     tokens = sum(
         r[StepMetric.TOKENS] * r[StepMetric.PACKING_EFFICIENCY] / epochs_of(config, r["stage"]) for r in distinct
     )
-    kept = sum(unit["kept"] for unit in units)
-    return tokens * kept / max(kept - untrained, 1)
+    kept: dict[str, int] = defaultdict(int)
+    for unit in units:
+        kept[unit["stage"]] += unit["kept"]
+    samples = kept | {record["stage"]: record["samples"] for record in stages}
+    return tokens / max(sum(samples[stage] for stage in {record["stage"] for record in distinct}), 1)
 
 
 def _ratio(records: Iterable[Record], above: str, below: str) -> float:

@@ -17,9 +17,12 @@ def conclude(run: RunDirectory, config: Config, say: Callable[[str], None]) -> N
     before, after = summary.get("heldout_kl_before"), summary.get("heldout_kl_after")
     if before is not None and after is not None:
         say(f"held-out KL(teacher || student): {before:.4f} before, {after:.4f} after, nats a token")
-    say(
-        f"{summary.get('rollouts_generated')} responses, {summary.get('rollouts_kept')} kept, "
-        f"{summary.get('optimizer_steps')} optimizer steps"
-    )
+    what, there, kept = "responses", summary.get("rollouts_generated"), summary.get("rollouts_kept")
+    if there is None:  # no rounds: the warm-up is all
+        what, there, kept = "responses of the warm-up", summary.get("warmup_responses"), summary.get("warmup_kept")
+    say(f"{there} {what}, {kept} kept, {summary.get('optimizer_steps')} optimizer steps")
+    for stage, trained in (summary.get("trained_on") or {}).items():
+        if trained["given"]:
+            say(f"{stage}: trained on {trained['samples']} samples, {trained['given']} of them given")
     say(f"student: {run.student if run.student.is_dir() else run.weights}")
     say(f"report:  {run.report}")

@@ -208,7 +208,7 @@ def _sample_lines(sample: dict[str, Any], selection: dict[str, Any]) -> Iterator
             f"IFD {_number(sample[f'ifd_{model}'])}"
         )
     rule = selection.get("keeps", "by a rule that was not recorded")
-    rule = rule if version >= 0 else "whatever it is (the teacher's own)"
+    rule = {TEACHER_VERSION: "whatever it is (the teacher's own)", GIVEN_VERSION: "as it was given"}.get(version, rule)
     yield f"  Δ-IFD  {_number(sample['delta_ifd'], '+')}   kept: {rule}"
     for part in ("prompt", "response"):
         yield f"  {part}"

@@ -72,12 +72,18 @@ def _section(title: str, how_to_read: str, figure: Figure | None) -> str:
 
 def _headline(summary: dict[str, Any]) -> str:
     """The figures most readers came for."""
-    path = ("heldout_kl_before", "heldout_kl_after_warmup", "heldout_kl_after")
-    kl = " → ".join(_figure(summary.get(key), ".3f") for key in path if key != path[1] or summary.get(key) is not None)
+    has_rounds = (summary.get("settings") or {}).get("rounds_count") != 0
+    path = ["heldout_kl_before", "heldout_kl_after"]
+    if has_rounds and summary.get("heldout_kl_after_warmup") is not None:
+        path.insert(1, "heldout_kl_after_warmup")
+    kl = " → ".join(_figure(summary.get(key), ".3f") for key in path)
     reduction = (summary.get("heldout_kl_reduction") or {}).get("whole_run")
     kept, generated = summary.get("rollouts_kept"), summary.get("rollouts_generated")
     rejected = {reason: n for reason, n in (summary.get("rollouts_rejected") or {}).items() if n}
     reasons = ", ".join(f"{words(reason)} {n:,}" for reason, n in rejected.items()) or "none rejected"
+    if not has_rounds:
+        kept, generated = summary.get("warmup_kept"), summary.get("warmup_responses")
+        reasons = "of the warm-up, which is all of this run"
     wall = (summary.get("wall_seconds_by_phase") or {}).get("total")
     drift = (summary.get("near_policy_kl") or {}).get("max")
     dtype = (summary.get("settings") or {}).get("dtype")
@@ -94,12 +100,25 @@ def _headline(summary: dict[str, Any]) -> str:
 
 
 def _round_table(summary: dict[str, Any]) -> str:
-    """Kept and rejected, by round; only reasons that occurred have a column."""
+    """Kept and rejected, by round; only what occurred has a column."""
     rounds = summary.get("rollouts_by_round") or {}
     reasons = [reason for reason, n in (summary.get("rollouts_rejected") or {}).items() if n]
-    head = ["", "generated", "kept", *map(words, reasons)]
+    trained = summary.get("trained_on") or {}
+    keys = ("samples", "given") if any(trained.get(stage, {}).get("given") for stage in rounds) else ()
+    head = [
+        "",
+        "generated",
+        "kept",
+        *map(words, reasons),
+        *({"samples": "trained on", "given": "given"}[k] for k in keys),
+    ]
     rows = [
-        [stage_name(stage), entry["generated"], entry["kept"], *((entry["rejected"] or {}).get(r) for r in reasons)]
+        [
+            stage_name(stage),
+            *(entry["generated"], entry["kept"]),
+            *((entry["rejected"] or {}).get(reason) for reason in reasons),
+            *(trained.get(stage, {}).get(key) for key in keys),
+        ]
         for stage, entry in rounds.items()
     ]
     return _table(head, rows) if rows else ""

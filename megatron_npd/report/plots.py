@@ -58,7 +58,8 @@ def plot_heldout(kl_by_version: dict[str, float | None], settings: dict[str, Any
     figure, axes = _axes(3.0, "policy version", "nats a token")
     versions, values = zip(*sorted(points), strict=True)
     axes.plot(versions, values, color=BLUE, marker="o", linewidth=2)
-    first_round = 1 if settings.get("warmup_samples_per_prompt") else 0
+    has_warmup = settings.get("warmup_source") == "data" or settings.get("warmup_samples_per_prompt")
+    first_round = 1 if has_warmup else 0
     for version, value in zip(versions, values, strict=True) if len(points) <= 12 else ():
         axes.annotate(f"{value:.3f}", (version, value), (5, 7), textcoords="offset points", color=INK)
     if len(points) <= 12:
@@ -176,11 +177,14 @@ def plot_roles(records: list[Record], steps: list[Record]) -> Figure | None:
         x, y = _series(chosen, key, "time")
         axes.step((x - begin) / scale, np.cumsum(y), where="post", color=colour, label=label, linewidth=1.6)
 
-    in_rounds = [r for r in records if r.get("event") == Event.UNIT and str(r.get("stage", "")).startswith("round_")]
-    cumulate(samples, [r for r in in_rounds if "kept" not in r], "samples", "generated", BLUE)
-    cumulate(samples, [r for r in in_rounds if "kept" in r], "kept", "kept", GREEN)
+    units = [r for r in records if r.get("event") == Event.UNIT]
+    shown = [r for r in units if str(r.get("stage", "")).startswith("round_") and not r.get("given")]
+    of_what = "the rounds" if shown else "the warm-up"
+    shown = shown or [r for r in units if r.get("stage") == WARMUP_STAGE]
+    cumulate(samples, [r for r in shown if "kept" not in r], "samples", "generated", BLUE)
+    cumulate(samples, [r for r in shown if "kept" in r], "kept", "kept", GREEN)
     cumulate(tokens, steps, StepMetric.RESPONSE_TOKENS, "trained on", ORANGE)
-    for axes, label in ((samples, "samples of\nthe rounds"), (tokens, "response\ntokens")):
+    for axes, label in ((samples, f"samples of\n{of_what}"), (tokens, "response\ntokens")):
         axes.set_ylabel(label)
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(EngFormatter(sep=""))

@@ -6,7 +6,9 @@ restart counts once: samples are counted in the shards, optimizer steps by their
 Keys of `summarise`, in nats a token, seconds and tokens unless said otherwise:
 
     rollouts_generated, rollouts_kept, rollouts_rejected {reason: n}, rollouts_by_round {stage: the three}
-    warmup_responses, warmup_kept
+        of responses that the student sampled
+    warmup_responses, warmup_kept   of the teacher or given
+    trained_on {stage: {samples, given: those of them that are given responses}}
     rounds (trained on so far), refreshes (changes of the snapshot that sampled the judged rollouts), optimizer_steps
     trained_tokens (response tokens, summed over steps), packing_efficiency (tokens / (tokens + padding))
     heldout_kl_before, _after_warmup, _after, _by_version {version: kl}, _reduction {whole_run, rounds: fraction}
@@ -34,7 +36,7 @@ import numpy as np
 
 from megatron_npd.buffer.plan import make_plan
 from megatron_npd.buffer.retention import collected
-from megatron_npd.buffer.shards import CorruptShardError, ShardFile, count_samples
+from megatron_npd.buffer.shards import CorruptShardError, ShardFile
 from megatron_npd.config import Config
 from megatron_npd.files import read_json, write_json
 from megatron_npd.process.metrics import busy_span, read_metrics
@@ -42,7 +44,7 @@ from megatron_npd.report.page import render_report
 from megatron_npd.report.plots import distinct_steps
 from megatron_npd.roles import TRAINER
 from megatron_npd.run_directory import WARMUP_STAGE, RunDirectory, round_stage
-from megatron_npd.schema import Event, StepMetric, Verdict
+from megatron_npd.schema import GIVEN_VERSION, Event, StepMetric, Verdict
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +86,7 @@ def summarise(run: RunDirectory, config: Config) -> dict[str, Any]:
 
 
 def collect_scores(run: RunDirectory) -> dict[str, np.ndarray]:
-    """Scores of every judged sample of the rounds, in no particular order.
+    """Scores of every judged sample of the rounds that the student sampled, in no particular order.
 
     Returns:
         One array [N] for each name and dtype of SCORES and OF_SHARD; `round` counts from 0, and Δ-IFD from
@@ -94,6 +96,8 @@ def collect_scores(run: RunDirectory) -> dict[str, np.ndarray]:
     for index, paths in enumerate(_judged_rounds(run)):
         for path in paths:
             columns, selection = _read_columns(path, SCORES)
+            if GIVEN_VERSION in columns.get("policy_version", ()):  # a unit is given as a whole; it has no scores
+                continue
             for name, column in columns.items():
                 parts[name].append(column)
             lowest, highest = selection.get("band") or (math.nan, math.nan)
@@ -106,9 +110,10 @@ def _rollouts(run: RunDirectory) -> dict[str, Any]:
     scores = collect_scores(run)
     by_round = {}
     for index in itertools.count():
-        generated = _generated(run, round_stage(index))
-        if generated is None:
+        responses = _responses(run, round_stage(index))
+        if responses is None:
             break
+        generated, _ = responses
         judged = _judged(run, round_stage(index), scores["verdict"][scores["round"] == index])
         by_round[round_stage(index)] = {"generated": generated, **judged}
     whole = _sum_of(list(by_round.values()))
@@ -124,13 +129,14 @@ def _rollouts(run: RunDirectory) -> dict[str, Any]:
             ]
         ),
     )
+    responses = _responses(run, WARMUP_STAGE)
     return {
         "rollouts_generated": sum(stage["generated"] for stage in by_round.values()) if by_round else None,
         "rollouts_kept": whole["kept"],
         "rollouts_rejected": whole["rejected"],
         "rollouts_by_round": by_round or None,
         "refreshes": judged_rounds - 1 if judged_rounds else None,  # each round is of one version
-        "warmup_responses": _generated(run, WARMUP_STAGE),
+        "warmup_responses": responses and sum(responses),
         "warmup_kept": warmup["kept"],
     }
 
@@ -154,8 +160,10 @@ def _judged(run: RunDirectory, stage: str, verdicts: np.ndarray) -> dict[str, An
     figures = collected(run, "samples", stage)
     if figures is None:
         return _by_verdict(verdicts)
-    counts = dict(figures["verdicts"])
-    return {"kept": counts.pop("kept"), "rejected": counts}
+    counts = Counter(figures["verdicts"])
+    if stage == WARMUP_STAGE:  # of whatever source
+        counts.update(figures.get("given_verdicts", {}))
+    return {"kept": counts.pop("kept"), "rejected": dict(counts)}
 
 
 def _sum_of(stages: list[dict[str, Any]]) -> dict[str, Any]:
@@ -175,17 +183,21 @@ def _by_verdict(verdicts: np.ndarray) -> dict[str, Any]:
     return {"kept": counts.pop("kept"), "rejected": counts}
 
 
-def _generated(run: RunDirectory, stage: str) -> int | None:
-    """Responses of a stage, from the headers of its shards; None before its first one."""
+def _responses(run: RunDirectory, stage: str) -> tuple[int, int] | None:
+    """Responses of a stage, sampled and given, from a small column of its shards; None before its first one."""
     if figures := collected(run, "rollouts", stage):
-        return figures["samples"]
-    total = None
+        return figures["samples"], figures.get("given", 0)
+    versions = []
     for path in run.stage("rollouts", stage).glob("unit_*.safetensors"):
         try:
-            total = (total or 0) + count_samples(path, "rollouts")
+            with contextlib.closing(ShardFile(path, "rollouts")) as shard:
+                versions.append(shard["policy_version"])
         except CorruptShardError as error:
             logger.warning("left out of the report: %s (%s)", path, error)
-    return total
+    if not versions:
+        return None
+    given = int(np.sum(np.concatenate(versions) == GIVEN_VERSION))
+    return sum(map(len, versions)) - given, given
 
 
 def _training(records: list[Record]) -> dict[str, Any]:
@@ -224,7 +236,10 @@ def _heldout(run: RunDirectory, config: Config) -> dict[str, Any]:
         "heldout_kl_after": after,
         "heldout_kl_by_version": {str(version): value for version, value in kl.items()} or None,
         "heldout_top1_agreement_by_version": agreement or None,
-        "heldout_kl_reduction": {"whole_run": _reduction(before, after), "rounds": _reduction(start, after)},
+        "heldout_kl_reduction": {
+            "whole_run": _reduction(before, after),
+            "rounds": _reduction(start, after) if config.rounds.count else None,
+        },
     }
 
 

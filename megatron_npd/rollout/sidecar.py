@@ -139,6 +139,8 @@ def _run_student(sidecar: Sidecar) -> None:
             logger.info("%s is complete already", stage.name)
             continue
         write_given(sidecar, [stage])
+        if not sidecar.undone(stage):  # a given unit was all that was missing, so no engine is
+            continue
         engine = engine or _start_on_published(sidecar, stage.version)
         _reach_version(sidecar, engine, stage.version)
         generate(sidecar, engine, [stage])

@@ -138,8 +138,10 @@ def open_stage(run: RunDirectory, config: Config, stage: Stage, newest_version: 
     units = [_open_unit(run, config, stage, unit, newest_version) for unit in range(stage.units)]
     index = StageIndex(_mixed(config, stage, units))
     if not len(index):
-        reasons = ", ".join(f"{count} {name}" for name, count in sorted(index.verdicts.items()))
-        raise UserError(f"{run.root}: {stage.name}: no sample was kept ({reasons}); see npd inspect --rejected")
+        judged = sum((unit.verdicts for unit in units if not unit.is_given), Counter()) or index.verdicts
+        reasons = ", ".join(f"{count} {name}" for name, count in sorted(judged.items()))
+        beside = " beside which given ones could be trained on" if stage.own and stage.given else ""
+        raise UserError(f"{run.root}: {stage.name}: no sample was kept{beside} ({reasons}); see npd inspect --rejected")
     return index
 
 

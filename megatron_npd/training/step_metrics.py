@@ -51,6 +51,6 @@ class StepReport:
             StepMetric.IMBALANCE: self.imbalance,
             StepMetric.PACKING_EFFICIENCY: self.used_positions / self.positions,
             StepMetric.DRIFT: self.drift,
-            StepMetric.POLICY_LAG: self.policy_lag,
+            StepMetric.POLICY_LAG: self.policy_lag if sums.sampled else None,
         }
         return {str(name): value for name, value in values.items()}
