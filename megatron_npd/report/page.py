@@ -104,20 +104,15 @@ def _round_table(summary: dict[str, Any]) -> str:
     rounds = summary.get("rollouts_by_round") or {}
     reasons = [reason for reason, n in (summary.get("rollouts_rejected") or {}).items() if n]
     trained = summary.get("trained_on") or {}
-    keys = ("samples", "given") if any(trained.get(stage, {}).get("given") for stage in rounds) else ()
-    head = [
-        "",
-        "generated",
-        "kept",
-        *map(words, reasons),
-        *({"samples": "trained on", "given": "given"}[k] for k in keys),
-    ]
+    has_given = any(trained.get(stage, {}).get("given") for stage in rounds)
+    more = {"samples": "trained on", "given": "of these given"} if has_given else {}
+    head = ["", "generated", "kept", *map(words, reasons), *more.values()]
     rows = [
         [
             stage_name(stage),
             *(entry["generated"], entry["kept"]),
             *((entry["rejected"] or {}).get(reason) for reason in reasons),
-            *(trained.get(stage, {}).get(key) for key in keys),
+            *(trained.get(stage, {}).get(key) for key in more),
         ]
         for stage, entry in rounds.items()
     ]

@@ -107,6 +107,18 @@ def test_a_stage_that_must_not_begin_yet_holds_back_those_behind_it(
         assert str(hand.take()) == "round_0000, unit 1 of 3"
 
 
+def test_a_worker_takes_the_units_alone_that_it_wants(config: Config, run: RunDirectory) -> None:
+    mixed = make_config(run.root, rollout={"samples_per_unit": 20}, rounds={"count": 1, "given_share": 0.5})
+    stage = make_plan(mixed, 60, 30).stages["round_0000"]
+    with (
+        UnitsInHand(run, config, "rollouts", [stage], wanted=lambda unit: unit.is_given) as given,
+        UnitsInHand(run, config, "rollouts", [stage]) as any_of_them,
+    ):
+        units = list(iter(given.take, None))
+        assert [unit.number for unit in units] == list(range(stage.own_units, stage.units)) and len(units) > 1
+        assert [unit.number for unit in iter(any_of_them.take, None)] == list(range(stage.own_units))
+
+
 def test_one_that_finds_nothing_does_not_look_again_at_every_step(
     config: Config, plan: Plan, run: RunDirectory, clock: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:

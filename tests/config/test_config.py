@@ -95,6 +95,27 @@ def test_every_fault_names_key_value_and_rule(path: Path, override: str, words: 
     assert all(word in message for word in words), message
 
 
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], 0.9),
+        (["training.kd_lambda=0.5"], 0.5),
+        (["training.kd_lambda=0"], 0.0),
+        (["training.kd_lambda=1"], 1.0),
+        (["training.kd_lambda=1", "warmup.kd_lambda=0"], 0.0),
+    ],
+)
+def test_the_warm_ups_loss_is_that_of_the_rounds_unless_it_is_set(
+    path: Path, overrides: list[str], expected: float
+) -> None:
+    """Also where TOML has a whole number."""
+    config = load_config(path, overrides)
+    assert config.warmup.kd_lambda == expected
+    path.write_text(config.to_toml())
+    again = load_config(path, ["training.kd_lambda=0.3"])
+    assert again.warmup.kd_lambda == expected, "a run's own file has the number"
+
+
 def float_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
     """Every key whose value is a fractional number."""
     keys = []

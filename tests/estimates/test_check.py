@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 from collections.abc import Callable
@@ -47,6 +48,27 @@ def test_every_term_has_its_formula_and_they_add_up(check: Check, inputs: Inputs
 def mebibytes(line: str) -> float:
     number, unit = re.search(r"([\d.]+) (KiB|MiB|GiB)", line).groups()
     return float(number) * {"KiB": 1 / 1024, "MiB": 1, "GiB": 1024}[unit]
+
+
+@pytest.mark.parametrize("source", ["teacher", "data"])
+def test_a_run_without_rounds_has_no_sidecar_of_the_students(
+    check: Check, inputs: Inputs, tmp_path: Path, source: str
+) -> None:
+    file = tmp_path / "rates.toml"
+    file.write_text(rates(rollout=1.0, annotator=100.0, trainer=100.0).to_toml())
+    rows = [{"id": f"t{i}", "prompt": f"What is {i}?", "response": "yes"} for i in range(6)]
+    inputs.train.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    inputs.set("rounds.count", 0)
+    inputs.set("warmup", {"source": source, "samples_per_prompt": 1})
+    status, said = check("--rates", str(file))
+    assert status == 0, said
+    assert "rollout_teacher  " in said and not re.search(r"\n  rollout  ", said)
+    assert "2 versions" in said
+    sampled = 3 + (6 if source == "teacher" else 0)
+    assert f"2 × 4 bytes × {sampled} sequences" in said, "of the engine, which does not sample what is given"
+    inputs.set("slurm", {"gpus_per_node": 8})
+    status, said = check("--rates", str(file))
+    assert status == 0 and "time, at the rates of" in said, said
 
 
 def test_without_rates_it_says_how_to_get_the_time(check: Check) -> None:

@@ -312,6 +312,17 @@ def measured(run: Path, *without: tuple[str, str], kept: int = 5) -> None:
             Metrics(run / "metrics" / f"{role}.jsonl", role).log(event, **values)
 
 
+def test_given_responses_that_were_left_out_lengthen_no_sample(tmp_path: Path) -> None:
+    """Of 10 given ones that were kept the trainer took 5, beside the student's own 5."""
+    measured(tmp_path / "run")
+    given = {"stage": "round_0000", "samples": 10, "kept": 10, "given": True, "tokens": 300, "seconds": 1.0}
+    Metrics(tmp_path / "run" / "metrics" / "annotator.jsonl", "annotator").log("unit", **given)
+    Metrics(tmp_path / "run" / "metrics" / "trainer.jsonl", "trainer").log("stage", stage="round_0000", samples=10)
+    found = read_rates(tmp_path / "run")
+    assert found.samples.kept_tokens == 1000 * 0.25 / 5 / 10, "one of five epochs, over what was trained on"
+    assert found.samples.kept_share == 0.5, "of the student's own"
+
+
 def test_rates_of_a_run_are_its_means(tmp_path: Path) -> None:
     measured(tmp_path / "run")
     found = read_rates(tmp_path / "run")

@@ -262,3 +262,22 @@ def test_ids_twice_are_refused() -> None:
     problem.ids[3, 1] = problem.ids[3, 0]
     with pytest.raises(ValueError, match="unique"):
         problem.losses(problem.hidden, problem.weight)
+
+
+@both
+@pytest.mark.parametrize("tail", TAILS)
+def test_without_kd_the_loss_is_ce_whatever_the_kd_is(tail: str) -> None:
+    """Here the teacher leaves mass outside its ids, and the ids are all there are: an infinite KD with a bucket."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, HIDDEN, generator=generator).requires_grad_() for n in (5, 4))
+    targets = torch.tensor([0, 1, 2, 3, 0])
+    ids = torch.arange(4).repeat(5, 1)
+    logprobs, tail_mass = torch.full((5, 4), 0.2).log(), torch.full((5,), 0.2)
+    settings = {"kd_lambda": 0.0, "tail": tail, "parallel": SINGLE, "valid": 4}
+    losses = linear_ce_topk_kl(hidden, weight, targets, ids, logprobs, tail_mass, **settings)
+    assert tail != "bucket" or bool(losses.kd.isinf().all())
+    expected = torch.nn.functional.cross_entropy(hidden @ weight.T, targets, reduction="none")
+    torch.testing.assert_close(losses.loss, expected.detach())
+    got = torch.autograd.grad(losses.total, (hidden, weight))
+    for ours, reference in zip(got, torch.autograd.grad(expected.sum(), (hidden, weight)), strict=True):
+        torch.testing.assert_close(ours, reference)

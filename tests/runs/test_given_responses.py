@@ -149,6 +149,20 @@ def test_npd_prompts_shows_both_framings(on_data: Inputs) -> None:
     assert text.count("⟦<s> 1⟧") > 4 and "given response" in text
 
 
+def test_a_run_without_rounds_may_be_on_the_teachers_responses(checkpoints: Path, tmp_path: Path) -> None:
+    inputs = make_inputs(checkpoints, tmp_path)
+    inputs.set("rounds", {"count": 0})
+    inputs.set("warmup", {"samples_per_prompt": 1, "epochs": 3, "lr": 1e-2})
+    npd("run", inputs.path)
+    summary, run = read_json(inputs.run / "summary.json"), RunDirectory(inputs.run)
+    assert published_versions(run) == [0, 1] and run.student.is_dir()
+    assert summary["heldout_kl_after"] < summary["heldout_kl_before"]
+    assert summary["warmup_responses"] == QUESTIONS and summary["trained_on"]["warmup"]["given"] == 0
+    assert not run.metrics("rollout").exists(), "the student's sidecar is never started"
+    log = run.log("supervisor").read_text()
+    assert f"{QUESTIONS} responses of the warm-up, {summary['warmup_kept']} kept" in log
+
+
 def test_half_given_half_own_is_trained_on_in_that_ratio(checkpoints: Path, tmp_path: Path) -> None:
     inputs = make_inputs(checkpoints, tmp_path)
     inputs.set("rounds", {"count": 1, "epochs_per_round": 2, "given_share": 0.5})
@@ -160,7 +174,9 @@ def test_half_given_half_own_is_trained_on_in_that_ratio(checkpoints: Path, tmp_
     kept = np.concatenate([shard["verdict"] == Verdict.KEPT for shard in annotated])
     own, given = int(np.sum(kept & (versions == 0))), int(np.sum(kept & (versions == GIVEN_VERSION)))
     assert 0 < own < QUESTIONS == given, "some of the student's own are rejected, no given one is"
-    assert read_json(run.summary)["trained_on"] == {"round_0000": {"samples": 2 * own, "given": own}}
+    summary = read_json(run.summary)
+    assert summary["trained_on"] == {"round_0000": {"samples": 2 * own, "given": own}}
+    assert (summary["rollouts_generated"], summary["rollouts_kept"]) == (QUESTIONS, own), "the student's own"
     steps = [r for r in read_metrics(run.metrics_folder) if (r["role"], r["event"]) == ("trainer", "step")]
     drifts = [step["near_policy/kl"] for step in steps if step["near_policy/kl"] is not None]
     assert drifts and all(np.isfinite(drift) and drift >= 0 for drift in drifts)

@@ -56,6 +56,12 @@ def places(layout: JobLayout) -> list[tuple[str, int, int, int, int, int]]:
     ]
 
 
+def test_a_job_without_rounds_has_sidecars_for_the_teacher(configured: SetConfig) -> None:
+    """They answer the held-out prompts, also where the warm-up's responses are given."""
+    config = configured(rounds__count=0, warmup__source="data", slurm__processes_per_node=4)
+    assert "step rollout.node0 0 1 1 none rollout --policy all" in render(config, "run.toml", [])
+
+
 def test_roles_share_nodes_on_devices_of_their_own(configured: SetConfig) -> None:
     config = configured(
         training__data_parallel_size=4, annotator__tensor_model_parallel_size=2, slurm__sidecars=4

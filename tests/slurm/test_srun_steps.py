@@ -14,7 +14,7 @@ from supervised import SLEEP, python, role, run, wait_until
 
 from megatron_npd.buffer.plan import make_plan
 from megatron_npd.errors import NODE_LOST_STATUS, USAGE_STATUS
-from megatron_npd.files import write_json
+from megatron_npd.files import write_atomically, write_json
 from megatron_npd.process.heartbeat import Heartbeat
 from megatron_npd.process.logs import first_failed_task
 from megatron_npd.run_directory import RunDirectory
@@ -111,6 +111,18 @@ def test_every_step_is_wanted_from_the_beginning(inputs: Inputs) -> None:
     directory, plan = RunDirectory(inputs.run), make_plan(inputs.config, 6, 3)
     steps = [SrunStep(name, ["true"]) for name in ("trainer", "annotator.node1", "rollout.node1", "rollout.node2")]
     assert all(role.is_wanted() for role in roles_of_steps(inputs.config, directory, plan, steps))
+
+
+def test_without_rounds_a_sidecar_is_done_when_the_teachers_work_is(inputs: Inputs) -> None:
+    inputs.set("rounds.count", 0)
+    inputs.set("warmup.source", "data")
+    directory, plan = RunDirectory(inputs.run), make_plan(inputs.config, 6, 3)
+    steps = [SrunStep(name, ["true"]) for name in ("trainer", "annotator.node1", "rollout.node1")]
+    sidecar = roles_of_steps(inputs.config, directory, plan, steps)[-1]
+    for done, stage in enumerate(("heldout", "warmup")):
+        assert not sidecar.is_done() and sidecar.done() == done
+        write_atomically(directory.unit("rollouts", stage, 0), b"")
+    assert sidecar.is_done() and sidecar.done() == 2
 
 
 def test_the_log_of_the_task_that_failed(tmp_path: Path) -> None:

@@ -46,6 +46,16 @@ def test_whose_turn_it_is(prepared: tuple[RunDirectory, Plan]) -> None:
     assert next_policy(run, plan) == "teacher"
 
 
+def test_without_rounds_the_teacher_is_all(inputs: Inputs) -> None:
+    inputs.set("rounds.count", 0)
+    inputs.set("warmup.samples_per_prompt", 1)
+    run, plan = prepare(inputs.config), make_plan(inputs.config, 6, 3)
+    assert next_policy(run, plan) == "teacher"
+    for stage in ("heldout", "warmup"):
+        sample(run, plan, stage)
+    assert next_policy(run, plan) is None
+
+
 @pytest.mark.slow
 def test_the_student_makes_room_for_the_teacher(prepared: tuple[RunDirectory, Plan], tmp_path: Path) -> None:
     """The real processes; none gets so far as to start an engine."""

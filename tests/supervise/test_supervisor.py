@@ -344,6 +344,27 @@ def test_roles_start_when_there_is_something_to_do(inputs: Inputs, tmp_path: Pat
     assert wanted() == everybody
 
 
+@pytest.mark.parametrize("source", ["teacher", "data"])
+def test_a_run_without_rounds_needs_no_sidecar_of_the_students(inputs: Inputs, tmp_path: Path, source: str) -> None:
+    inputs.set("launch.turns", "on")
+    inputs.set("rounds.count", 0)
+    inputs.set("warmup", {"source": source, "samples_per_prompt": 1})
+    directory, plan = RunDirectory(inputs.run), make_plan(inputs.config, 6, 3)
+    roles = {role.name: role for role in roles_of(inputs.config, directory, plan, tmp_path)}
+    assert roles["rollout"].is_done(), "it is never started"
+    assert not roles["rollout_teacher"].is_done()
+    assert not roles["trainer"].is_wanted() and not roles["annotator"].is_wanted()
+    for stage in ("heldout", "warmup"):
+        write_atomically(directory.unit("rollouts", stage, 0), b"")
+    assert roles["rollout_teacher"].is_done()
+    assert roles["annotator"].is_wanted() and not roles["trainer"].is_wanted()
+    write_atomically(directory.unit("samples", "warmup", 0), b"")
+    assert roles["trainer"].is_wanted() and not roles["annotator"].is_done()
+    directory.evaluation(1).parent.mkdir(parents=True)
+    directory.evaluation(1).touch()
+    assert roles["annotator"].is_done()
+
+
 def test_first_starts_wait_until_they_are_wanted(tmp_path: Path) -> None:
     made, seen, done = (tmp_path / name for name in ("made", "seen", "done"))
     maker = role(tmp_path, "maker", f"import time; time.sleep(1.5); open({str(made)!r}, 'w')", made.exists)

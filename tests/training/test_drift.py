@@ -42,8 +42,8 @@ def test_drift_is_of_sampled_responses_alone(given: tuple[int, ...], parallel: P
     [model] = build_gpt(DIMS, parallel, torch.float32, ModelOptions("reference"))
 
     output, loss = forward_step(TrainingConfig(), DIMS, parallel)(iter([batch]), model)
-    total, tokens, report = loss(output)
-    sums: StepSums = collect_sums([report], parallel)
+    total, tokens, reported = loss(output)
+    sums: StepSums = collect_sums([reported], parallel)
     _, score = logprob_step(DIMS, parallel, 64)(iter([batch]), model)
     logprobs = score(output)[2]["logprobs"].double().detach().numpy()
 
@@ -52,8 +52,9 @@ def test_drift_is_of_sampled_responses_alone(given: tuple[int, ...], parallel: P
     expected = float(np.sum(np.exp(log_ratio) * log_ratio - np.exp(log_ratio) + 1))
     assert sums.sampled == own.sum() and sums.tokens == len(own) == int(tokens)
     assert sums.drift == pytest.approx(expected, rel=1e-5, abs=0)
-    drift = StepReport(sums, 1.0, 1e-5, 1.0, 128, 100, 1.0, 1.0, policy_lag=0).drift
-    assert drift == (pytest.approx(expected / own.sum(), rel=1e-5) if own.any() else None)
+    report = StepReport(sums, 1.0, 1e-5, 1.0, 128, 100, 1.0, 1.0, policy_lag=1)
+    assert report.drift == (pytest.approx(expected / own.sum(), rel=1e-5) if own.any() else None)
+    assert report.metrics()["near_policy/lag"] == (1 if own.any() else None), "what was given has no policy"
     total.backward()
     gradients = [p.main_grad if hasattr(p, "main_grad") else p.grad for p in model.parameters()]
     assert all(g is None or bool(g.isfinite().all()) for g in gradients)

@@ -428,6 +428,12 @@ def test_too_few_given_responses_are_all_taken_and_it_is_said(tmp_path: Path, ca
     assert "3 given responses are there beside 5 others: a share of 0.375" in caplog.text
 
 
+def test_a_round_of_which_nothing_was_kept_is_not_trained_on_given_responses_alone(tmp_path: Path) -> None:
+    run, stage, sections = make_mixed(tmp_path, [(2, 4, DEGENERATE), (1, 0, EMPTY)], 4, 0.5)
+    with pytest.raises(UserError, match=r"no sample was kept beside which .* \(1 degenerate, 1 empty\)"):
+        opened(run, stage, **sections)
+
+
 def test_given_responses_do_not_grow_stale_but_must_be_given(tmp_path: Path) -> None:
     run, stage, sections = make_mixed(tmp_path, SIZES, 7, 0.5)
     with pytest.raises(ValueError, match=r"unit_000000\.safetensors: sampled by version 0, newest is 2"):
