@@ -164,7 +164,7 @@ def token_losses(statistics: Statistics, labels: Labels, objective: Objective) -
         kd_T = kd_T + torch.where(tail_mass_T > 0, tail_mass_T * log_ratio_T, 0.0)
     kd_T = objective.temperature**2 * kd_T
     if objective.kd_lambda == 0:  # CE alone, also where the KD is infinite: 0 times that would be NaN
-        return TokenLosses(ce_T, ce_T, kd_T)
+        return TokenLosses(ce_T.clone(), ce_T, kd_T)  # the first has a gradient, the second has none
     return TokenLosses((1 - objective.kd_lambda) * ce_T + objective.kd_lambda * kd_T, ce_T, kd_T)
 
 
