@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from megatron_npd.config import Config
+from megatron_npd.config.versions import chosen_versions
 from megatron_npd.data.prompts import HELDOUT, SPLITS, TRAIN, load_prompt_set
 from megatron_npd.run_directory import HELDOUT_STAGE, WARMUP_STAGE, RunDirectory, round_stage
 from megatron_npd.schema import GIVEN_VERSION, TEACHER_VERSION
@@ -83,6 +84,8 @@ class Plan:
     """Version that generates round 0: 1 after a warm-up, else 0."""
     final_version: int
     """The finished student."""
+    evaluated: frozenset[int]
+    """Versions whose held-out figures are wanted."""
 
     @property
     def teacher_stages(self) -> list[Stage]:
@@ -117,20 +120,25 @@ def make_plan(config: Config, train_prompts: int, heldout_prompts: int, answered
     """
     per_unit = config.rollout.samples_per_unit
     answered = np.arange(train_prompts) if answered is None else answered
-    stages = [_stage(HELDOUT_STAGE, HELDOUT, TEACHER_VERSION, np.arange(heldout_prompts), 1, per_unit)]
+    heldout = np.arange(heldout_prompts)
+    if config.heldout.source == "data":
+        stages = [_given_after(_stage(HELDOUT_STAGE, HELDOUT, TEACHER_VERSION, heldout[:0], 1, per_unit), heldout, 0)]
+    else:
+        stages = [_stage(HELDOUT_STAGE, HELDOUT, TEACHER_VERSION, heldout, 1, per_unit)]
     if config.warmup.source == "data":
         prompts = _prompts_of_warmup(config, answered)
         stages.append(_given_after(_stage(WARMUP_STAGE, TRAIN, TEACHER_VERSION, prompts[:0], 1, per_unit), prompts, 0))
     elif config.warmup.samples:
         prompts = _prompts_of_warmup(config, np.arange(train_prompts))
         stages.append(_stage(WARMUP_STAGE, TRAIN, TEACHER_VERSION, prompts, config.warmup.samples, per_unit))
-    first = 1 if config.warmup.samples else 0
+    first, last = config.first_of_rounds, config.last_version
     for index in range(config.rounds.count):
         prompts = _prompts_of_round(config, train_prompts, index)
         samples = config.rounds.samples_per_prompt
         stage = _stage(round_stage(index), TRAIN, first + index, prompts, samples, per_unit)
         stages.append(_given_after(stage, _given_of_round(config, answered, stage.own, index), samples))
-    return Plan({stage.name: stage for stage in stages}, first, first + config.rounds.count)
+    evaluated = chosen_versions(config.heldout.versions, first, last)
+    return Plan({stage.name: stage for stage in stages}, first, last, evaluated)
 
 
 def epochs_of(config: Config, stage: str) -> int:

@@ -1,6 +1,6 @@
 """The configuration of a run: its tables and keys, with their defaults and rules. Imported from here."""
 
-from megatron_npd.config.inputs import ColumnsConfig, PromptsConfig
+from megatron_npd.config.inputs import ColumnsConfig, HeldoutConfig, PromptsConfig
 from megatron_npd.config.run import (
     Config,
     LaunchConfig,
@@ -16,6 +16,7 @@ from megatron_npd.config.slurm import SlurmConfig, SlurmRoleConfig
 __all__ = [
     "ColumnsConfig",
     "Config",
+    "HeldoutConfig",
     "LaunchConfig",
     "PromptsConfig",
     "RolloutConfig",

@@ -1,4 +1,5 @@
-"""The configuration's table of prompts: where they lie, what holds what in a row, and how they are framed."""
+"""The configuration's tables of what goes in: where prompts lie, what holds what in a row, how they are framed, and the
+held-out set."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from megatron_npd.config.section import Section
+from megatron_npd.config.versions import VersionChoice
 
 RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message")
 """Names that chat templates have for other things than settings."""
@@ -37,7 +39,7 @@ class PromptsConfig(Section):
     """The prompts of the warm-up and of the rounds: a file of JSON Lines, a parquet file or a folder of them, the
     folder of a Hugging Face data set that was saved to disk, or `hf://OWNER/NAME?config=...&split=...&revision=...`."""
     heldout: str
-    """The same, never trained on: its teacher responses are the fixed set of the held-out KL."""
+    """The same, never trained on: the teacher's responses to it are the fixed set of the held-out KL."""
     columns: ColumnsConfig = ColumnsConfig()
     format: Literal["chat", "text"] = "chat"
     """chat: framed by the chat template. text: a plain text that the model goes on with, for base models; it needs no
@@ -67,3 +69,12 @@ class PromptsConfig(Section):
             if self.format == "text" and value:
                 raise ValueError(f"{key} = {value!r}: must be left out with format = 'text', which has no chat")
         return self
+
+
+class HeldoutConfig(Section):
+    source: Literal["teacher", "data"] = "teacher"
+    """Whose responses the held-out KL is measured on: the teacher's, sampled once, or those that every held-out prompt
+    brings (`prompts.columns.response`), which need no engine."""
+    versions: VersionChoice = "each"
+    """Of which versions it is measured: each; ends (0, the one that the rounds start from, the last); last; or these
+    numbers and the last."""

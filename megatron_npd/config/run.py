@@ -15,9 +15,10 @@ from typing import Any, Literal
 import tomli_w
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from megatron_npd.config.inputs import PromptsConfig
+from megatron_npd.config.inputs import HeldoutConfig, PromptsConfig
 from megatron_npd.config.section import Section
 from megatron_npd.config.slurm import SlurmConfig
+from megatron_npd.config.versions import refuse_unknown_versions
 from megatron_npd.errors import UserError
 
 MOST_THREADS = 4096
@@ -297,6 +298,7 @@ class Config(Section):
     only sampling depends on what else is in a batch, one unit of it at a time. Otherwise the same to rounding."""
     models: ModelsConfig
     prompts: PromptsConfig
+    heldout: HeldoutConfig = HeldoutConfig()
     rounds: RoundsConfig = RoundsConfig()
     rollout: RolloutConfig = RolloutConfig()
     annotator: AnnotatorConfig = AnnotatorConfig()
@@ -377,6 +379,17 @@ class Config(Section):
                 "rounds.count = 0: needs a warm-up, or nothing is trained: warmup.samples_per_prompt > 0 (responses of "
                 "the teacher) or warmup.source = 'data' (given ones)"
             )
+        refuse_unknown_versions("heldout.versions", self.heldout.versions, self.last_version)
+
+    @property
+    def first_of_rounds(self) -> int:
+        """The version that generates the first round: 1 after a warm-up, else 0."""
+        return 1 if self.warmup.samples else 0
+
+    @property
+    def last_version(self) -> int:
+        """The finished student."""
+        return self.first_of_rounds + self.rounds.count
 
     @property
     def trains_on_given(self) -> bool:

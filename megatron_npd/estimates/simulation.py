@@ -150,8 +150,9 @@ class _Run:
     def _appear(self, version: int, seconds: float) -> Process:
         yield self.env.timeout(seconds)
         self.published[version].succeed()
-        self.versions.append(version)
-        self._tell()
+        if version in self.work.evaluated:
+            self.versions.append(version)
+            self._tell()
 
     def _sidecar(self, worker: int, students: list[_Progress], teachers: list[_Progress]) -> Process:
         if teachers:
@@ -199,7 +200,7 @@ class _Run:
         if self.turn:
             yield self.first_unit
         yield from self._start(ANNOTATOR, worker, rates.start_seconds)
-        while self.evaluated <= self.work.final_version:
+        while self.evaluated < len(self.work.evaluated):
             if self.ready:
                 stage, responses = self.ready.pop(0)
                 seconds = responses * stage.work.prefilled_tokens / rates.tokens_per_second

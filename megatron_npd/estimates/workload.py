@@ -45,10 +45,12 @@ class Workload:
 
     stages: list[StageWork]
     final_version: int
+    evaluated: frozenset[int]
+    """Versions whose held-out figures are wanted."""
     response_tokens: float
     """Of one response."""
     heldout_tokens: float
-    """Tokens of the held-out set: the student prefills them for every version, the teacher once in each annotator."""
+    """Tokens of the held-out set: the student prefills them for each of these versions, the teacher once in an annotator."""
     tokens_per_pack: int
     packs_at_once: int
     """Largest number of data-parallel replicas that all have work: packs of a full step."""
@@ -62,6 +64,7 @@ def workload(config: Config, plan: Plan, rates: Rates) -> Workload:
     return Workload(
         stages=[_stage(config, plan, rates, stage) for stage in plan.stages.values()],
         final_version=plan.final_version,
+        evaluated=plan.evaluated,
         response_tokens=samples.response_tokens,
         heldout_tokens=heldout * whole,
         tokens_per_pack=config.training.sequence_length,
@@ -73,7 +76,7 @@ def _stage(config: Config, plan: Plan, rates: Rates, stage: Stage) -> StageWork:
     rows = (stage.rows(unit) for unit in range(stage.units))
     units = [row.stop - row.start for row in rows]
     if stage.name == HELDOUT_STAGE:
-        return StageWork(stage.name, stage.version, units, 0.0, [])
+        return StageWork(stage.name, stage.version, units, 0.0, [], given_units=stage.units - stage.own_units)
     samples = rates.samples
     by_teacher = stage.name == WARMUP_STAGE
     conditional = samples.prompt_tokens + samples.response_tokens

@@ -73,6 +73,7 @@ def preflight(config: Config, with_weights: bool = True) -> Inputs:
     splits = checked_splits(config, tokenizer, student.eos_ids)
     train, heldout = splits[TRAIN], splits[HELDOUT]
     _check_counts(config, train)
+    _check_heldout(config, heldout)
     for checkpoint in (teacher, student):  # last: it reads all of them
         if checkpoint.tensors:
             check_weights(str(checkpoint), checkpoint.tensors, checkpoint.dims)
@@ -124,6 +125,16 @@ def _check_counts(config: Config, train: TokenisedPrompts) -> None:
         raise UserError(
             f"rounds.given_share = {rounds.given_share}: wants {wanted} given responses beside the {own} others of a "
             f"round; must not exceed {answered}"
+        )
+
+
+def _check_heldout(config: Config, heldout: TokenisedPrompts) -> None:
+    """Where the data gives the held-out responses, it gives every one."""
+    if config.heldout.source == "data" and heldout.answered < len(heldout):
+        raise UserError(
+            f"heldout.source = 'data': {heldout.path} has {heldout.answered} responses to {len(heldout)} prompts; "
+            f"must have one to each (a column {config.prompts.columns.response!r}, or chats that end with the "
+            "assistant's turn)"
         )
 
 

@@ -49,7 +49,7 @@ def prepare(config: Config, in_cluster: bool = False) -> RunDirectory:
         config = decide_dtype(config, in_cluster)
         _create(run.root)
         inputs.train.save(run.prompts(TRAIN), with_responses=config.trains_on_given)
-        inputs.heldout.save(run.prompts(HELDOUT), with_responses=False)
+        inputs.heldout.save(run.prompts(HELDOUT), with_responses=config.heldout.source == "data")
         write_json(run.provenance, provenance(config))
     # On a resume only what is not part of `Config.identity` can have changed: the roles read it from here.
     text = config.to_toml().encode()

@@ -44,9 +44,12 @@ def notes_of(config: Config, splits: dict[str, TokenisedPrompts]) -> list[str]:
     """What framing found, and what is there and not used; for people."""
     lines = [f"{prompts.path}: {line}" for prompts in splits.values() for line in prompts.notes.lines()]
     for split, prompts in splits.items():
-        if prompts.answered and not (split == TRAIN and config.trains_on_given):
+        used = config.trains_on_given if split == TRAIN else config.heldout.source == "data"
+        if prompts.answered and not used:
             why = (
-                "of held-out prompts the teacher's are" if split == HELDOUT else "see warmup.source, rounds.given_share"
+                "of held-out prompts the teacher's are: see heldout.source"
+                if split == HELDOUT
+                else "see warmup.source, rounds.given_share"
             )
             lines.append(f"{prompts.path}: {prompts.answered:,} given responses are not used ({why})")
     return lines

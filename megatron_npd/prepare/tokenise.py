@@ -93,7 +93,8 @@ def tokenised(config: Config, split: str, tokenizer: Tokenizer, end_ids: list[in
     path = getattr(config.prompts, split)
     rows = open_rows(path, trust_code=config.models.trust_remote_code)
     work = PartWork.of(config, path, rows, end_ids)
-    limit = config.rollout.max_new_tokens if split == TRAIN and config.trains_on_given else sys.maxsize
+    uses_given = config.trains_on_given if split == TRAIN else config.heldout.source == "data"
+    limit = config.rollout.max_new_tokens if uses_given else sys.maxsize
     limits = config.prompts.max_prompt_tokens, limit
     try:
         return _looked_through(path, rows.kind, make_parts(work, rows, tokenizer), *limits)

@@ -103,14 +103,14 @@ class Work:
         return sum(len(finished_units(self.run, "rollouts", stage)) for stage in stages)
 
     def is_annotated(self) -> bool:
-        """Whether every sample is judged and the finished student evaluated."""
+        """Whether every sample is judged and every version evaluated that is to be."""
         annotated = all(is_finished(self.run, "samples", stage) for stage in self.plan.training_stages)
-        return annotated and self.run.evaluation(self.plan.final_version).is_file()
+        return annotated and all(self.run.evaluation(version).is_file() for version in self.plan.evaluated)
 
     def annotated(self) -> int:
         """Units that are judged, and versions that are evaluated."""
         units = sum(len(finished_units(self.run, "samples", stage)) for stage in self.plan.training_stages)
-        return units + sum(self.run.evaluation(version).is_file() for version in range(self.plan.final_version + 1))
+        return units + sum(self.run.evaluation(version).is_file() for version in self.plan.evaluated)
 
     def trained(self) -> int:
         """Versions that are published, and steps that are saved."""

@@ -56,7 +56,7 @@ class Task:
 
 
 def run(config: Config) -> None:
-    """Work until every stage is annotated and every version is evaluated."""
+    """Work until every stage is annotated and every version that the plan wants evaluated is."""
     try:
         annotator = Annotator(config)
         while (task := annotator.next_task()) is not None:
@@ -181,7 +181,8 @@ class Annotator:
         free = next((task for task in tasks if task not in self.passed_over), None)
         if free is None:
             self.passed_over.clear()
-        finished = not tasks and self._all_annotated() and self.run.evaluation(self.plan.final_version).exists()
+        evaluated = all(self.run.evaluation(version).exists() for version in self.plan.evaluated)
+        finished = not tasks and self._all_annotated() and evaluated
         return "done" if finished else free
 
     def _open_tasks(self) -> Iterator[Task]:
@@ -191,7 +192,7 @@ class Annotator:
             for unit in sorted(rolled_out - finished_units(self.run, "samples", stage)):
                 yield Task(stage.name, unit)
         if self._heldout_is_complete():
-            for version in published_versions(self.run):
+            for version in sorted(self.plan.evaluated.intersection(published_versions(self.run))):
                 if not self.run.evaluation(version).exists():
                     yield Task(None, version=version)
 

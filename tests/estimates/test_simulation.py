@@ -34,7 +34,7 @@ def work(units: int = 6, steps: int = 4, packs: int = 8, rounds: int = 2, heldou
         StageWork(f"round_{index:04d}", index, [10] * units, 1.0, [packs] * steps, steps, index + 1)
         for index in range(rounds)
     ]
-    return Workload([heldout, *stages], rounds, 10.0, heldout_tokens, 100, packs)
+    return Workload([heldout, *stages], rounds, frozenset(range(rounds + 1)), 10.0, heldout_tokens, 100, packs)
 
 
 def test_training_alone_takes_the_sum_of_its_steps() -> None:
