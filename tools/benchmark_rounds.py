@@ -5,13 +5,14 @@
 
 A round lasts from the last optimizer step of the one before it to its own last step. Its overhead is what is left of
 that when the seconds are taken away in which a unit was sampled or annotated, or a step was computed, by anybody. The
-first round is left out: roles start in it. What records say about the overhead is named (publication, checkpoint, refresh
-of the sidecar, snapshot of the annotator, evaluation); the rest is waiting for a poll, files, and looking.
+first round is left out: roles start in it. What records say about the overhead is named (publication, checkpoint,
+refresh of the sidecar, snapshot of the annotator, evaluation); the rest is waiting for a poll, files, and looking.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import subprocess
 import sys
@@ -31,9 +32,7 @@ Span = tuple[float, float]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("place", type=Path, help="a configuration, which is run, or the directory of a run")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, as npd run does"
-    )
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, as in npd run")
     parser.add_argument("--keep", type=Path, help="run directory to keep; default: a temporary one")
     arguments = parser.parse_args()
     if arguments.place.is_dir():
@@ -69,7 +68,7 @@ def rounds_of(records: list[dict[str, Any]]) -> list[Span]:
         if (record["role"], record["event"]) == (TRAINER, Event.STEP) and record["stage"].startswith("round_"):
             ends[record["stage"]] = record["time"]
     last = [ends[stage] for stage in sorted(ends)]
-    return list(zip(last, last[1:], strict=False))
+    return list(itertools.pairwise(last))
 
 
 def overhead(span: Span, records: list[dict[str, Any]]) -> float:
@@ -89,7 +88,7 @@ def covered(span: Span, parts: Iterable[Span]) -> float:
 
 
 def named(rounds: list[Span], records: list[dict[str, Any]]) -> dict[str, float]:
-    """Busy seconds of everything else during the rounds, by role and event; they may overlap with work and each other."""
+    """Busy seconds of everything else during the rounds, by role and event; they may overlap with work."""
     seconds: dict[str, float] = defaultdict(float)
     for record in records:
         busy = busy_span(record)

@@ -106,10 +106,18 @@ class AnnotatorConfig(Section):
 
 
 class SelectionConfig(Section):
+    rule: Literal["delta_ifd", "none", "random"] = "delta_ifd"
+    """What is kept of a round. delta_ifd: 0 ≤ Δ-IFD ≤ τ; none: every usable response, and no score is computed; random:
+    of each unit as many as delta_ifd would keep, drawn by lot: what a filter is to be compared with."""
     form: Literal["ppl", "loss"] = "ppl"
     """IFD as a ratio of perplexities (Superfiltering) or of losses (Cherry LLM). tau does not carry over."""
     tau: float = Field(0.8, ge=0.0)
-    """Largest delta_ifd that is kept."""
+    """τ, the largest delta_ifd that is kept."""
+    tau_quantile: float = Field(0.0, ge=0.0, le=1.0)
+    """τ is this quantile of the Δ-IFD ≥ 0 of the round before, so that the share that is kept stays what it was set to
+    while Δ-IFD changes from round to round; the first round takes `tau`. 0: `tau` in every round."""
+    least_kept_share: float = Field(0.02, ge=0.0, le=1.0)
+    """A round of which a smaller share is kept ends the run."""
     unconditional_prefix: Literal["auto", "bos", "assistant_header"] = "auto"
     """What the unconditional pass starts from. auto: BOS where the tokenizer prepends one, else the header."""
     reject_truncated: bool = True
@@ -326,6 +334,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _check_across_sections(self) -> Config:
         self._check_stages()
+        self._check_selection()
         training = self.training
         if training.sequence_parallel and training.tensor_model_parallel_size == 1:
             raise ValueError("training.sequence_parallel = true: needs training.tensor_model_parallel_size > 1")
@@ -365,6 +374,15 @@ class Config(Section):
                     f"rollout.max_new_tokens = {longest}"
                 )
         return self
+
+    def _check_selection(self) -> None:
+        """Keys that would have no effect are faults."""
+        selection = self.selection
+        if selection.rule == "none" and selection.tau_quantile:
+            raise ValueError(
+                f"selection.tau_quantile = {selection.tau_quantile}: must be left out with selection.rule = 'none', "
+                "which has no τ"
+            )
 
     def _check_stages(self) -> None:
         """What is trained on must fit together."""

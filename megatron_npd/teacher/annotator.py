@@ -37,7 +37,10 @@ from megatron_npd.process.memory import release_unused
 from megatron_npd.roles import ANNOTATOR
 from megatron_npd.run_directory import HELDOUT_STAGE
 from megatron_npd.schema import GIVEN_VERSION, TEACHER_VERSION, Event, Verdict
+from megatron_npd.selection.rule import SelectionRule
+from megatron_npd.selection.rules import rule_of
 from megatron_npd.teacher.annotation import annotate_shard
+from megatron_npd.teacher.earlier_round import deltas_of
 from megatron_npd.teacher.heldout import HeldoutSet
 from megatron_npd.teacher.prefill import PrefillModel
 from megatron_npd.teacher.prefix import unconditional_prefix
@@ -100,6 +103,8 @@ class Annotator:
         self.prefix = np.array(unconditional_prefix(of_student, start_from, config.prompts.format), dtype=np.int32)
         self.end_tokens = eos_token_ids(config.models.student)
         self.heldout: HeldoutSet | None = None
+        self._rule_of_stage: tuple[str, SelectionRule] | None = None
+        """Name of the stage that was annotated last, and the rule for it."""
         self.passed_over: set[Task] = set()
         """Tasks another annotator was working on when this one came by; looked at again when nothing else is left."""
         if self.parallel.rank == 0:
@@ -127,11 +132,13 @@ class Annotator:
             started = time.monotonic()
             version = stage.version_of(unit)
             judged = version not in (TEACHER_VERSION, GIVEN_VERSION)
-            if judged:
+            rule = self._rule(stage)
+            if judged and rule.looks_at_scores:
                 self._use_student(version)
             student = self.student if judged else None
+            ends = frozenset(self.end_tokens)
             samples, tokens = annotate_shard(
-                shard, self.config, self.teacher, student, self.prefix, frozenset(self.end_tokens), self.vocabulary
+                shard, self.config, rule, self.teacher, student, self.prefix, ends, self.vocabulary
             )
             seconds = time.monotonic() - started
         if self.parallel.rank == 0:
@@ -204,6 +211,15 @@ class Annotator:
         path = self.run.unit("rollouts", stage.name, unit)
         good = read_or_quarantine(path, "rollouts") is not None if self.parallel.rank == 0 else None
         return read_shard(path, "rollouts") if broadcast_object(good) else None
+
+    def _rule(self, stage: Stage) -> SelectionRule:
+        """The rule for a stage: a function of the configuration and of the round before, which is finished."""
+        if self._rule_of_stage is None or self._rule_of_stage[0] != stage.name:
+            rounds = [one.name for one in self.plan.round_stages]
+            first = stage.name not in rounds[1:] or not self.config.selection.tau_quantile
+            earlier = None if first else deltas_of(self.run, self.plan.stages[rounds[rounds.index(stage.name) - 1]])
+            self._rule_of_stage = stage.name, rule_of(self.config.selection, earlier)
+        return self._rule_of_stage[1]
 
     def _use_student(self, version: int) -> None:
         """Make the student snapshot that of `version`, verified before it is loaded."""

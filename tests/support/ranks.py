@@ -1,4 +1,4 @@
-"""Waiting for processes that work as one: if one fails or all hang, the failure shows what each said and where it was."""
+"""Waiting for processes that work as one: if one fails or all hang, each says what it did and where it was."""
 
 from __future__ import annotations
 
