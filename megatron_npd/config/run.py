@@ -208,6 +208,10 @@ class TrainingConfig(Section):
     """Weight gradients added to the float32 buffer inside the matrix product (NVIDIA apex). on: refused without it."""
     checkpoint_interval: int = Field(100, ge=0)
     """Optimizer steps between checkpoints inside a stage; 0: only at the end of a stage."""
+    checkpoint_rounds: int = Field(1, ge=1)
+    """Rounds from one checkpoint at the end of a round to the next; at the end of the warm-up and of the last round
+    there always is one. More than 1: for rounds of a few steps. A restart then trains on the rounds since the last one
+    again, on the same samples."""
     keep_checkpoints: int = Field(2, ge=1)
     """Newest checkpoints kept; older ones are deleted."""
     asynchronous_checkpoints: bool = True
@@ -241,6 +245,7 @@ CHANGEABLE_IN_TRAINING = {
     "fused_optimizer",
     "gradient_accumulation_fusion",
     "checkpoint_interval",
+    "checkpoint_rounds",
     "keep_checkpoints",
     "asynchronous_checkpoints",
     "threads",
@@ -275,7 +280,7 @@ class LaunchConfig(Section):
     lease_seconds: float = Field(300.0, gt=0.0)
     """A unit of work whose worker gave no sign of life for so long is handed to another."""
     poll_seconds: float = Field(0.2, gt=0.0)
-    """How often a waiting role looks at the run directory."""
+    """How often a role that waits looks at the run directory; at the beginning of a wait more often."""
     grace_seconds: float = Field(60.0, ge=0.0)
     """How long a role that is asked to stop may take before it is killed. The trainer finishes its step and saves a
     checkpoint."""
