@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_npd import __version__
-from megatron_npd.errors import STORAGE_STATUS, USAGE_STATUS, BadVersionError, UserError, storage_reason
+from megatron_npd.errors import STORAGE_STATUS, USAGE_STATUS, BadVersionError, GraderError, UserError, storage_reason
 from megatron_npd.roles import ANNOTATOR, ROLLOUT, SIDECAR, STUDENT, TEACHER, TRAINER
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(error, UserError):
             _say(f"error: {error}")
             return USAGE_STATUS
-        if isinstance(error, BadVersionError):
+        if isinstance(error, BadVersionError | GraderError):
             _say(f"error: {error}")
             return 1
         raise
@@ -93,6 +93,8 @@ def _check(arguments: Arguments) -> int:
         )
     print(f"prompts.train = {config.prompts.train}: {inputs.train}")
     print(f"prompts.heldout = {config.prompts.heldout}: {inputs.heldout}")
+    for asked in inputs.evaluations:
+        print(f"evaluation {asked.evaluation.name}: {asked}")
     print(describe_dtype(config))
     plan = make_plan(config, len(inputs.train), len(inputs.heldout), np.arange(inputs.train.answered))
     rates = Path(arguments.rates) if arguments.rates else None

@@ -1,5 +1,6 @@
 """The configuration of a run: its tables and keys, with their defaults and rules. Imported from here."""
 
+from megatron_npd.config.evaluation import EvaluationConfig
 from megatron_npd.config.inputs import ColumnsConfig, HeldoutConfig, PromptsConfig
 from megatron_npd.config.run import (
     Config,
@@ -9,6 +10,7 @@ from megatron_npd.config.run import (
     TrainingConfig,
     load_config,
     make_config,
+    validated,
 )
 from megatron_npd.config.section import Section
 from megatron_npd.config.slurm import SlurmConfig, SlurmRoleConfig
@@ -16,6 +18,7 @@ from megatron_npd.config.slurm import SlurmConfig, SlurmRoleConfig
 __all__ = [
     "ColumnsConfig",
     "Config",
+    "EvaluationConfig",
     "HeldoutConfig",
     "LaunchConfig",
     "PromptsConfig",
@@ -27,4 +30,5 @@ __all__ = [
     "TrainingConfig",
     "load_config",
     "make_config",
+    "validated",
 ]
