@@ -12,13 +12,16 @@ leases/KIND/STAGE/unit_000004.json   who works on what
 checkpoints/iter_0000120/            Megatron torch_dist checkpoint and run state; latest.txt names the current one
 rendezvous/NAME                      where the ranks of one start under Slurm find each other; gone when they have
 status/ROLE.RANK.HOST.PID.json       what each living process is doing (see `heartbeat`)
-metrics/ROLE.jsonl  logs/ROLE.log  tensorboard/  student_hf/  summary.json  report.html
+metrics/ROLE.jsonl  logs/ROLE.log  tensorboard/  summary.json  report.html
+student_hf/  student_hf.json         the student that is handed over; which version it is, and by which score
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+
+from megatron_npd.roles import TEACHER
 
 HELDOUT_STAGE = "heldout"
 WARMUP_STAGE = "warmup"
@@ -102,7 +105,7 @@ class RunDirectory:
     def result(self, evaluation: str, version: int) -> Path:
         """What a version scored in an evaluation; of the teacher where it is TEACHER_VERSION. Its answers lie beside
         it, as .jsonl."""
-        return self.results(evaluation) / f"{'teacher' if version < 0 else f'v{version:06d}'}.json"
+        return self.results(evaluation) / f"{TEACHER if version < 0 else f'v{version:06d}'}.json"
 
     @property
     def checkpoints(self) -> Path:
@@ -143,6 +146,11 @@ class RunDirectory:
     def student(self) -> Path:
         """The finished student, a Hugging Face checkpoint."""
         return self.root / "student_hf"
+
+    @property
+    def handed_over(self) -> Path:
+        """Which version the finished student is."""
+        return self.root / "student_hf.json"
 
     @property
     def summary(self) -> Path:

@@ -1,6 +1,6 @@
 """The configuration of a run: its tables and keys, with their defaults and rules. Imported from here."""
 
-from megatron_npd.config.evaluation import EvaluationConfig
+from megatron_npd.config.evaluation import HELDOUT_KL, EvaluationConfig
 from megatron_npd.config.inputs import ColumnsConfig, HeldoutConfig, PromptsConfig
 from megatron_npd.config.run import (
     Config,
@@ -16,6 +16,7 @@ from megatron_npd.config.section import Section
 from megatron_npd.config.slurm import SlurmConfig, SlurmRoleConfig
 
 __all__ = [
+    "HELDOUT_KL",
     "ColumnsConfig",
     "Config",
     "EvaluationConfig",

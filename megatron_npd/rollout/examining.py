@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
 
 from megatron_npd.buffer.evaluations import Exam, is_answered, is_taken, open_exams, taking
 from megatron_npd.buffer.role_context import RoleContext
@@ -13,6 +12,7 @@ from megatron_npd.process.memory import release_unused
 from megatron_npd.process.waiting import wait_for
 from megatron_npd.rollout.answering import Examined, examination_of, examine
 from megatron_npd.schema import Event
+from megatron_npd.tasks.intervals import in_words
 from megatron_npd.vllm_engine.engine import RolloutEngine
 
 logger = logging.getLogger(__name__)
@@ -73,14 +73,7 @@ class Examiner:
             response_tokens=tokens,
             **{key: figures[key] for key in ("version", "problems", "samples", "correct", "accuracy", "seconds")},
         )
-        logger.info("version %d: %s, %.1f s", figures["version"], in_words(figures), figures["seconds"])
+        logger.info(
+            "%s by version %d: %s, %.1f s", figures["name"], figures["version"], in_words(figures), figures["seconds"]
+        )
         self._context.log(Event.MEMORY, **self._context.memory.record())
-
-
-def in_words(result: dict[str, Any]) -> str:
-    """Figures of an evaluation for people."""
-    low, high = (100 * end for end in result["wilson_95"])
-    return (
-        f"{result['name']}: {result['correct']}/{result['samples']} = {100 * result['accuracy']:.1f} % (95 % Wilson "
-        f"{low:.1f} to {high:.1f})"
-    )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 Z_95 = 1.959963984540054
 """The normal distribution has 95 % of its mass within so many standard deviations."""
@@ -20,3 +22,10 @@ def wilson(correct: float, count: float, z: float = Z_95) -> tuple[float, float]
     middle = (share + spread / 2) / (1 + spread)
     half = z * math.sqrt(share * (1 - share) / count + spread / (4 * count)) / (1 + spread)
     return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def in_words(result: Mapping[str, Any]) -> str:
+    """Figures of an evaluation for people: `412/500 = 82.4 % (95 % Wilson 78.8 to 85.5)`."""
+    low, high = (100 * end for end in result["wilson_95"])
+    share = f"{result['correct']}/{result['samples']} = {100 * result['accuracy']:.1f} %"
+    return f"{share} (95 % Wilson {low:.1f} to {high:.1f})"
