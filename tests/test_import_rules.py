@@ -40,7 +40,7 @@ LEVELS = [
     ("training", "teacher", "rollout", "conversion", "estimates"),
     ("prepare",),
     ("supervise",),
-    ("slurm", "report"),
+    ("slurm", "report", "evaluate"),
     ("cli",),
 ]
 """Parts of the package from bottom to top. A part imports lower ones only; those of level 0 also each other."""

@@ -458,7 +458,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 def make_config(raw: dict[str, Any], overrides: list[str] | None, where: str) -> Config:
     """`load_config` of the content of a file; `where` names it in messages."""
     for override in overrides or []:
-        _apply_override(raw, override)
+        apply_override(raw, override, "--set")
     return validated(Config, raw, where)
 
 
@@ -474,16 +474,21 @@ def validated(section: type[S], raw: dict[str, Any], where: str) -> S:
         raise UserError(f"{where}: {_one_line(error, section)}") from None
 
 
-def _apply_override(raw: dict[str, Any], override: str) -> None:
+def apply_override(raw: dict[str, Any], override: str, flag: str) -> None:
+    """Put `a.b=value` into a table; `flag`: the option it was given by, for messages.
+
+    Raises:
+        UserError: it has another form, or a value stands where a table would.
+    """
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
-        raise UserError(f"--set {override}: must have the form section.key=value")
+        raise UserError(f"{flag} {override}: must have the form section.key=value")
     table = raw
     *parents, last = key.strip().split(".")
     for parent in parents:
         table = table.setdefault(parent, {})
         if not isinstance(table, dict):
-            raise UserError(f"--set {override}: {parent} is a value, not a section")
+            raise UserError(f"{flag} {override}: {parent} is a value, not a section")
     try:
         table[last] = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

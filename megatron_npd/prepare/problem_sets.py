@@ -114,6 +114,11 @@ def complete_problems(run: RunDirectory, config: Config) -> None:
         )
 
 
+def is_prepared(run: RunDirectory, evaluation: EvaluationConfig) -> bool:
+    """Whether a run directory has the problems of just this evaluation."""
+    return definition_of(run.problems(evaluation.name)) == _definition(evaluation)
+
+
 def save_all(run: RunDirectory, sets: Iterable[FramedProblems]) -> None:
     """Write all problems of a new run."""
     for one in sets:

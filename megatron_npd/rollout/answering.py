@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +42,8 @@ class Examination:
     evaluation: EvaluationConfig
     task: EvaluationTask
     problems: list[Problem]
-    prompts: PromptSet
+    prompts: Sequence[np.ndarray] | PromptSet
+    """Token ids of each."""
     max_new_tokens: int
     stop_ids: list[int]
     tokenizer: Tokenizer
