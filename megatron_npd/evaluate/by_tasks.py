@@ -69,11 +69,12 @@ class ByTasks:
                 if kept and kept.is_file():
                     yield subject, _read(kept)
                     continue
+                examination = self._examinations[evaluation.name]
                 engine = self._serve(engine, subject)
                 called = subject.version if self.place.run else str(subject.folder)
                 if subject.version == TEACHER_VERSION and self.place.run:
                     called = "teacher"
-                done = examine(self._examinations[evaluation.name], engine, called, contextlib.nullcontext)
+                done = examine(examination, engine, called, contextlib.nullcontext)
                 if kept:
                     done.save(kept)
                 yield subject, done
@@ -117,7 +118,6 @@ class ByTasks:
         if engine and engine.version == subject.version:
             return engine
         config, rollout = self._config, self._config.rollout
-        assert self._examinations
         if engine is None:
             engine = RolloutEngine(
                 subject.folder,

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -96,7 +97,7 @@ def complete_problems(run: RunDirectory, config: Config) -> None:
     for evaluation in config.evaluation:
         make_task(config, evaluation)  # who grades must have its libraries
         before, now = definition_of(run.problems(evaluation.name)), _definition(evaluation)
-        if before == now:
+        if _are_same(before, now):
             continue
         if before is not None and any(run.results(evaluation.name).glob("*.json")):
             key = next(key for key in now | before if before.get(key) != now.get(key))
@@ -116,7 +117,7 @@ def complete_problems(run: RunDirectory, config: Config) -> None:
 
 def is_prepared(run: RunDirectory, evaluation: EvaluationConfig) -> bool:
     """Whether a run directory has the problems of just this evaluation."""
-    return definition_of(run.problems(evaluation.name)) == _definition(evaluation)
+    return _are_same(definition_of(run.problems(evaluation.name)), _definition(evaluation))
 
 
 def save_all(run: RunDirectory, sets: Iterable[FramedProblems]) -> None:
@@ -125,9 +126,17 @@ def save_all(run: RunDirectory, sets: Iterable[FramedProblems]) -> None:
         one.save(run.problems(one.evaluation.name))
 
 
-def _definition(evaluation: EvaluationConfig) -> dict[str, object]:
-    on_disk = evaluation.path and not evaluation.path.startswith(HUB)
-    return define(evaluation, fingerprint_of_path(Path(evaluation.path)) if on_disk else None)
+def _definition(evaluation: EvaluationConfig) -> dict[str, Any]:
+    path = evaluation.path
+    on_disk = path and not path.startswith(HUB) and Path(path).exists()
+    return define(evaluation, fingerprint_of_path(Path(path)) if on_disk else None)
+
+
+def _are_same(before: dict[str, Any] | None, now: dict[str, Any]) -> bool:
+    """Whether problems that were made are those that are wanted. A file that is gone is no other file."""
+    if before is None:
+        return False
+    return before == (now | {"content": before["content"]} if now["content"] is None else now)
 
 
 def _where(evaluation: EvaluationConfig) -> str:
