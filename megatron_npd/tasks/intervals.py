@@ -21,7 +21,8 @@ def wilson(correct: float, count: float, z: float = Z_95) -> tuple[float, float]
     share, spread = correct / count, z * z / count
     middle = (share + spread / 2) / (1 + spread)
     half = z * math.sqrt(share * (1 - share) / count + spread / (4 * count)) / (1 + spread)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    # The share lies within, also where rounding says otherwise.
+    return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))
 
 
 def in_words(result: Mapping[str, Any]) -> str:
