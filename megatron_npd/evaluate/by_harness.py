@@ -10,13 +10,13 @@ from pathlib import Path
 
 from megatron_npd.data.tokenizer import load_tokenizer
 from megatron_npd.errors import UserError
-from megatron_npd.evaluate.subjects import Place, Subject
+from megatron_npd.evaluate.subjects import Asked, Subject
 from megatron_npd.hardware.device import device_here
 
 HARNESS = "lm_eval"
 
 
-def evaluate_by_harness(place: Place, tasks: str, limit: int, output: Path | None, say: Callable[[str], None]) -> int:
+def evaluate_by_harness(place: Asked, tasks: str, limit: int, output: Path | None, say: Callable[[str], None]) -> int:
     """Run its tasks, as it names them, on every subject; the exit status of the first run that fails, or 0.
 
     Args:
@@ -39,7 +39,7 @@ def evaluate_by_harness(place: Place, tasks: str, limit: int, output: Path | Non
     return 0
 
 
-def harness_command(place: Place, subject: Subject, tasks: str, limit: int, output: Path | None) -> list[str]:
+def harness_command(place: Asked, subject: Subject, tasks: str, limit: int, output: Path | None) -> list[str]:
     """What runs it on one subject: by vLLM on a GPU, by transformers elsewhere."""
     config, on_gpu = place.config, device_here() == "gpu"
     models = config.models

@@ -15,7 +15,7 @@ import numpy as np
 from megatron_npd.config import Config, EvaluationConfig, apply_override, validated
 from megatron_npd.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_npd.errors import UserError
-from megatron_npd.evaluate.subjects import Place, Subject
+from megatron_npd.evaluate.subjects import Asked, Subject
 from megatron_npd.files import read_json, write_atomically
 from megatron_npd.models.hf_config import eos_token_ids
 from megatron_npd.prepare.dtype import decide_dtype
@@ -28,7 +28,7 @@ from megatron_npd.versions.manifest import read_parity_probe
 from megatron_npd.vllm_engine.engine import RolloutEngine
 
 
-def evaluations_asked(place: Place, tasks: list[str], keys: dict[str, Any], more: list[str]) -> list[EvaluationConfig]:
+def evaluations_asked(place: Asked, tasks: list[str], keys: dict[str, Any], more: list[str]) -> list[EvaluationConfig]:
     """Which evaluations the command line means.
 
     Args:
@@ -56,7 +56,7 @@ def evaluations_asked(place: Place, tasks: list[str], keys: dict[str, Any], more
 class ByTasks:
     """Some evaluations of the subjects of a place."""
 
-    place: Place
+    place: Asked
     evaluations: list[EvaluationConfig]
 
     def results(self) -> Iterator[tuple[Subject, Examined]]:
@@ -136,7 +136,7 @@ class ByTasks:
 
 
 def evaluate_by_tasks(
-    place: Place, evaluations: list[EvaluationConfig], output: Path | None, say: Callable[[str], None]
+    place: Asked, evaluations: list[EvaluationConfig], output: Path | None, say: Callable[[str], None]
 ) -> None:
     """Say what every subject scores, as soon as it is known; `output`: a file for all answers, JSON lines.
 

@@ -30,7 +30,7 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Place:
+class Asked:
     """Where the subjects lie, and the configuration by which they are asked."""
 
     config: Config
@@ -39,7 +39,7 @@ class Place:
     """By version."""
 
 
-def place_of_subjects(folder: Path, version: str | None, teacher: bool, overrides: list[str]) -> Place:
+def place_of_subjects(folder: Path, version: str | None, teacher: bool, overrides: list[str]) -> Asked:
     """A run directory, or a checkpoint by itself.
 
     Args:
@@ -54,15 +54,15 @@ def place_of_subjects(folder: Path, version: str | None, teacher: bool, override
         for option, given in (("--version", version), ("--teacher", teacher)):
             if given:
                 raise UserError(f"{option}: needs a run directory; {folder} has no {run.config.name}")
-        return Place(_config_of_checkpoint(folder, overrides), None, [Subject(folder, TEACHER_VERSION, "")])
+        return Asked(_config_of_checkpoint(folder, overrides), None, [Subject(folder, TEACHER_VERSION, "")])
     if overrides:
         raise UserError(f"--set {overrides[0]}: must be left out with a run directory, which has its configuration")
     config = load_run_config(run.config)
     if not teacher:
-        return Place(config, run, _versions(run, version or LAST))
+        return Asked(config, run, _versions(run, version or LAST))
     if version:
         raise UserError(f"--version {version}: must be left out with --teacher")
-    return Place(config, run, [Subject(Path(config.models.teacher), TEACHER_VERSION, f"the {TEACHER}")])
+    return Asked(config, run, [Subject(Path(config.models.teacher), TEACHER_VERSION, f"the {TEACHER}")])
 
 
 def _versions(run: RunDirectory, wanted: str) -> list[Subject]:

@@ -13,7 +13,7 @@ from inputs import Inputs
 from megatron_npd.errors import UserError
 from megatron_npd.evaluate.by_harness import evaluate_by_harness
 from megatron_npd.evaluate.by_tasks import evaluations_asked
-from megatron_npd.evaluate.subjects import Place, place_of_subjects
+from megatron_npd.evaluate.subjects import Asked, place_of_subjects
 from megatron_npd.prepare.prepare import prepare
 
 STAND_IN = """
@@ -35,7 +35,7 @@ def run(inputs: Inputs) -> Path:
     return root
 
 
-def names(place: Place) -> list[str]:
+def names(place: Asked) -> list[str]:
     return [subject.called for subject in place.subjects]
 
 
