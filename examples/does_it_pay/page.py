@@ -170,7 +170,9 @@ def headline(results: Results) -> list[str]:
     lines = []
     for arm in ("refresh_1", "refresh_3", "refresh_10"):
         if found := difference(results, "certain", arm, "sft"):
-            lines.append(f"{arm} is {found.signed()} points from supervised fine-tuning, over {found.count} prompt sets.")
+            lines.append(
+                f"{arm} is {found.signed()} points from supervised fine-tuning, over {found.count} prompt sets."
+            )
     strict = results.get(("certain", "strict"), {})
     for arm in ("refresh_3", "refresh_10"):
         runs = results.get(("certain", arm), {})

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -86,6 +86,8 @@ class Plan:
     """The finished student."""
     evaluated: frozenset[int]
     """Versions whose held-out figures are wanted."""
+    asked: dict[str, frozenset[int]] = field(default_factory=dict)
+    """Name of each evaluation -> the versions that answer it."""
 
     @property
     def teacher_stages(self) -> list[Stage]:
@@ -96,6 +98,11 @@ class Plan:
     def round_stages(self) -> list[Stage]:
         """Stages the student generates, in order."""
         return [stage for stage in self.stages.values() if stage.version != TEACHER_VERSION]
+
+    @property
+    def round_versions(self) -> list[int]:
+        """Versions that generate rounds, in order."""
+        return [stage.version for stage in self.round_stages]
 
     @property
     def training_stages(self) -> list[Stage]:
@@ -138,7 +145,8 @@ def make_plan(config: Config, train_prompts: int, heldout_prompts: int, answered
         stage = _stage(round_stage(index), TRAIN, first + index, prompts, samples, per_unit)
         stages.append(_given_after(stage, _given_of_round(config, answered, stage.own, index), samples))
     evaluated = chosen_versions(config.heldout.versions, first, last)
-    return Plan({stage.name: stage for stage in stages}, first, last, evaluated)
+    asked = {one.name: chosen_versions(one.versions, first, last) for one in config.evaluation}
+    return Plan({stage.name: stage for stage in stages}, first, last, evaluated, asked)
 
 
 def epochs_of(config: Config, stage: str) -> int:

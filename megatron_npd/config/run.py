@@ -10,16 +10,19 @@ import difflib
 import hashlib
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, get_args
 
 import tomli_w
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from megatron_npd.config.evaluation import EvaluationConfig, ExportConfig, check_evaluations
 from megatron_npd.config.inputs import HeldoutConfig, PromptsConfig
 from megatron_npd.config.section import Section
 from megatron_npd.config.slurm import SlurmConfig
 from megatron_npd.config.versions import refuse_unknown_versions
 from megatron_npd.errors import UserError
+
+S = TypeVar("S", bound=Section)
 
 MOST_THREADS = 4096
 """More than a machine has cores; OpenMP ends a process that asks for many more."""
@@ -319,6 +322,9 @@ class Config(Section):
     warmup: WarmupConfig = WarmupConfig()
     training: TrainingConfig = TrainingConfig()
     near_policy: NearPolicyConfig = NearPolicyConfig()
+    evaluation: list[EvaluationConfig] = Field(default_factory=list)
+    """`[[evaluation]]`, as often as there are tasks: problems that published versions answer."""
+    export: ExportConfig = ExportConfig()
     buffer: BufferConfig = BufferConfig()
     launch: LaunchConfig = LaunchConfig()
     slurm: SlurmConfig = SlurmConfig()
@@ -403,6 +409,9 @@ class Config(Section):
                 "the teacher) or warmup.source = 'data' (given ones)"
             )
         refuse_unknown_versions("heldout.versions", self.heldout.versions, self.last_version)
+        for one in self.evaluation:
+            refuse_unknown_versions(f"evaluation.versions of {one.name}", one.versions, self.last_version)
+        check_evaluations(self.evaluation, self.export)
 
     @property
     def first_of_rounds(self) -> int:
@@ -413,6 +422,16 @@ class Config(Section):
     def last_version(self) -> int:
         """The finished student."""
         return self.first_of_rounds + self.rounds.count
+
+    def answer_tokens(self, evaluation: EvaluationConfig) -> int:
+        """Length limit of an evaluation's answers."""
+        return evaluation.max_new_tokens or self.rollout.max_new_tokens
+
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of the longest sequence that an engine may have to hold, prompt included."""
+        responses = [self.rollout.max_new_tokens, *map(self.answer_tokens, self.evaluation)]
+        return self.prompts.max_prompt_tokens + max(responses)
 
     @property
     def trains_on_given(self) -> bool:
@@ -427,9 +446,10 @@ class Config(Section):
     def identity(self) -> dict[str, Any]:
         """Everything that decides what the run computes, nested as in the file. The rest may change on a restart:
         the directory, what stays on disk, `launch`, `slurm`, how the trainer is laid out over ranks and how it saves,
-        `deterministic`, and why a dtype was chosen.
+        `deterministic`, why a dtype was chosen, what versions are asked (`evaluation`), and which one is handed over.
         """
-        whole = dict.fromkeys(("run_directory", "deterministic", "buffer", "launch", "slurm"), True)
+        kept = ("run_directory", "deterministic", "evaluation", "export", "buffer", "launch", "slurm")
+        whole = dict.fromkeys(kept, True)
         return self.model_dump(exclude=whole | CHANGEABLE)
 
     def with_dtype(self, dtype: str, reason: str) -> Config:
@@ -461,36 +481,50 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 def make_config(raw: dict[str, Any], overrides: list[str] | None, where: str) -> Config:
     """`load_config` of the content of a file; `where` names it in messages."""
     for override in overrides or []:
-        _apply_override(raw, override)
+        apply_override(raw, override, "--set")
+    return validated(Config, raw, where)
+
+
+def validated(section: type[S], raw: dict[str, Any], where: str) -> S:
+    """A table as what it is declared to be; `where` names it in messages.
+
+    Raises:
+        UserError: a key is unknown, a value breaks its rule.
+    """
     try:
-        return Config.model_validate(raw)
+        return section.model_validate(raw)
     except ValidationError as error:
-        raise UserError(f"{where}: {_one_line(error)}") from None
+        raise UserError(f"{where}: {_one_line(error, section)}") from None
 
 
-def _apply_override(raw: dict[str, Any], override: str) -> None:
+def apply_override(raw: dict[str, Any], override: str, flag: str) -> None:
+    """Put `a.b=value` into a table; `flag`: the option it was given by, for messages.
+
+    Raises:
+        UserError: it has another form, or a value stands where a table would.
+    """
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
-        raise UserError(f"--set {override}: must have the form section.key=value")
+        raise UserError(f"{flag} {override}: must have the form section.key=value")
     table = raw
     *parents, last = key.strip().split(".")
     for parent in parents:
         table = table.setdefault(parent, {})
         if not isinstance(table, dict):
-            raise UserError(f"--set {override}: {parent} is a value, not a section")
+            raise UserError(f"{flag} {override}: {parent} is a value, not a section")
     try:
         table[last] = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         table[last] = text
 
 
-def _one_line(error: ValidationError) -> str:
+def _one_line(error: ValidationError, section: type[BaseModel]) -> str:
     """The first fault as `key = value: rule`, with the nearest valid name for an unknown key."""
     fault = error.errors()[0]
     key = ".".join(str(part) for part in fault["loc"])
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if fault["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, _all_keys(), n=1, cutoff=0.0)
+        near = difflib.get_close_matches(key, _all_keys(section), n=1, cutoff=0.0)
         return f"unknown key {key}; did you mean {near[0]}?{more}"
     if fault["type"] == "missing":
         return f"missing key {key}{more}"
@@ -501,10 +535,11 @@ def _one_line(error: ValidationError) -> str:
     return f"{key} = {fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}{more}"
 
 
-def _all_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
     keys = []
     for name, field in section.model_fields.items():
         keys.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += _all_keys(field.annotation, f"{prefix}{name}.")
+        for annotation in (field.annotation, *get_args(field.annotation)):  # a table, or a list of tables
+            if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+                keys += _all_keys(annotation, f"{prefix}{name}.")
     return keys

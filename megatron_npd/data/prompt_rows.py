@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -50,12 +50,25 @@ class Prompt:
 class RowReader:
     """Makes prompts of the rows of one data set.
 
+    Args:
+        table: the configuration's table of `config`, as messages name it.
+        also_read: fields that the caller reads.
+
     Raises:
         UserError: a column that the configuration names is not there (the nearest that is there is named).
     """
 
-    def __init__(self, path: str, kind: str, columns: list[str] | None, config: PromptsConfig):
-        self._path, self._kind, self._config = path, kind, config
+    def __init__(
+        self,
+        path: str,
+        kind: str,
+        columns: list[str] | None,
+        config: PromptsConfig,
+        table: str = "prompts",
+        also_read: Collection[str] = (),
+    ):
+        self._path, self._kind, self._config, self._table = path, kind, config, table
+        self._also_read = frozenset(also_read)
         if columns is not None:
             self._check_columns(columns)
 
@@ -97,10 +110,10 @@ class RowReader:
         """The chat, or the plain prompt."""
         columns, wrap = self._config.columns, self._config.wrap
         if wrap:
-            return _wrapped(wrap, row)
+            return _wrapped(wrap, row, f"{self._table}.wrap")
         if columns.messages in row and columns.prompt in row:
             raise _RowError(
-                f"has both {columns.messages} and {columns.prompt}; name one of them in prompts.columns.unused"
+                f"has both {columns.messages} and {columns.prompt}; name one of them in {self._table}.columns.unused"
             )
         if columns.messages in row:
             return _chat(columns.messages, row[columns.messages])
@@ -109,8 +122,8 @@ class RowReader:
             return said if isinstance(said, str) else _chat(columns.prompt, said)
         there = ", ".join(row) or "nothing"
         raise _RowError(
-            f'must have a list "{columns.messages}", or a text "{columns.prompt}", as prompts.columns maps names; has '
-            f"{there}"
+            f'must have a list "{columns.messages}", or a text "{columns.prompt}", as {self._table}.columns maps names'
+            f"; has {there}"
         )
 
     def _given_response(self, row: Row) -> Message | None:
@@ -153,8 +166,8 @@ class RowReader:
         near = difflib.get_close_matches(column, sorted(self._read), n=1)
         mean = f" did you mean {near[0]!r}?" if near else ""
         return (
-            f"{column!r} is read by nothing;{mean} map it in [prompts.columns], or name it in prompts.columns.unused "
-            f'(["{ALL}"]: whatever is left over)'
+            f"{column!r} is read by nothing;{mean} map it in [{self._table}.columns], or name it in "
+            f'{self._table}.columns.unused (["{ALL}"]: whatever is left over)'
         )
 
     @cached_property
@@ -163,19 +176,19 @@ class RowReader:
         columns = self._config.columns
         named = {columns.id, columns.response, columns.tools, columns.chat_template_kwargs}
         said = set(_placeholders(self._config.wrap)) if self._config.wrap else {columns.messages, columns.prompt}
-        return named | said
+        return named | said | self._also_read
 
     def _check_columns(self, there: list[str]) -> None:
         """A table's columns are known before its rows."""
         columns, wrap = self._config.columns, self._config.wrap
         defaults = type(columns)()
         wanted = {
-            f"prompts.columns.{key}": name
+            f"{self._table}.columns.{key}": name
             for key, name in columns.model_dump().items()
             if key != "unused" and name != getattr(defaults, key) and not (wrap and key in ("messages", "prompt"))
         }
-        wanted |= {f"prompts.columns.unused: {name}": name for name in columns.unused if name != ALL}
-        pairs = [*wanted.items(), *(("prompts.wrap", name) for name in _placeholders(wrap))]
+        wanted |= {f"{self._table}.columns.unused: {name}": name for name in columns.unused if name != ALL}
+        pairs = [*wanted.items(), *((f"{self._table}.wrap", name) for name in _placeholders(wrap))]
         for key, name in pairs:
             if name not in there:
                 near = difflib.get_close_matches(name, there, n=1, cutoff=0.0)
@@ -183,7 +196,7 @@ class RowReader:
         if not wrap and columns.messages not in there and columns.prompt not in there:
             raise UserError(
                 f"{self._path}: has neither a column {columns.messages!r} nor {columns.prompt!r}; say in "
-                f"[prompts.columns] which of its columns holds the chats or the prompts: {', '.join(there)}"
+                f"[{self._table}.columns] which of its columns holds the chats or the prompts: {', '.join(there)}"
             )
         for name in there:
             if name not in self._read and name not in columns.unused and ALL not in columns.unused:
@@ -265,13 +278,13 @@ def _placeholders(wrap: str) -> list[str]:
     return [name for name in _PLACEHOLDER.findall(wrap) if name]
 
 
-def _wrapped(wrap: str, row: Row) -> str:
+def _wrapped(wrap: str, row: Row, key: str) -> str:
     def put(found: re.Match[str]) -> str:
         name = found.group(1)
         if name is None:
             return found.group()[0]
         if name not in row:
-            raise _RowError(f"prompts.wrap wants {name!r}, which it does not have")
+            raise _RowError(f"{key} wants {name!r}, which it does not have")
         return str(row[name])
 
     return _PLACEHOLDER.sub(put, wrap)

@@ -281,7 +281,7 @@ def rollout_memory(
             terms.append(Term("kernels of batch sizes", formula, KERNELS_OF_A_BATCH_SIZE_BYTES * sequences))
     else:
         per_token = 2 * size * dims.num_layers * Widths.of(dims, tensor).key
-        longest = config.prompts.max_prompt_tokens + rollout.max_new_tokens
+        longest = config.longest_sequence
         formula = f"{per_token:,} bytes × {longest:,} tokens of one sequence; vLLM takes what is left for more"
         terms.append(Term("key-value cache", formula, per_token * longest))
     tokens = min(BATCHED_TOKENS, sequences * config.prompts.max_prompt_tokens)

@@ -95,7 +95,7 @@ def least_cache_bytes(config: Config, dims: ModelDims) -> int:
 
 def _longest(config: Config, dims: ModelDims) -> int:
     """Tokens of the longest sequence that an engine is started for."""
-    return min(config.prompts.max_prompt_tokens + config.rollout.max_new_tokens + 1, dims.max_positions)
+    return min(config.longest_sequence + 1, dims.max_positions)
 
 
 def _check_cache(config: Config, name: str, dims: ModelDims) -> None:

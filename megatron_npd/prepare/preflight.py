@@ -11,6 +11,7 @@ from megatron_npd.config import Config
 from megatron_npd.data.prompts import HELDOUT, TRAIN
 from megatron_npd.errors import UserError
 from megatron_npd.models.hf_checkpoint import Checkpoint, check_checkpoint
+from megatron_npd.prepare.problem_sets import FramedProblems, framed_problems
 from megatron_npd.prepare.prompt_checks import checked_splits
 from megatron_npd.prepare.shared_tokenizer import shared_tokenizer
 from megatron_npd.prepare.tokenise import TokenisedPrompts
@@ -41,6 +42,7 @@ class Inputs:
     student: Checkpoint
     train: TokenisedPrompts
     heldout: TokenisedPrompts
+    evaluations: list[FramedProblems]
 
 
 def preflight(config: Config, with_weights: bool = True) -> Inputs:
@@ -74,10 +76,11 @@ def preflight(config: Config, with_weights: bool = True) -> Inputs:
     train, heldout = splits[TRAIN], splits[HELDOUT]
     _check_counts(config, train)
     _check_heldout(config, heldout)
+    asked = [framed_problems(config, one, tokenizer, student.eos_ids, train) for one in config.evaluation]
     for checkpoint in (teacher, student):  # last: it reads all of them
         if checkpoint.tensors:
             check_weights(str(checkpoint), checkpoint.tensors, checkpoint.dims)
-    return Inputs(teacher, student, train, heldout)
+    return Inputs(teacher, student, train, heldout, asked)
 
 
 def check_models(config: Config, with_weights: bool = True) -> tuple[Checkpoint, Checkpoint]:
@@ -89,12 +92,14 @@ def check_models(config: Config, with_weights: bool = True) -> tuple[Checkpoint,
     teacher = check_checkpoint("models.teacher", Path(config.models.teacher), with_weights)
     student = check_checkpoint("models.student", Path(config.models.student), with_weights)
     _check_splits(config, teacher, student)
-    longest = config.prompts.max_prompt_tokens + config.rollout.max_new_tokens
+    longest, limits = config.longest_sequence, "prompts.max_prompt_tokens + rollout.max_new_tokens"
+    if longest > config.prompts.max_prompt_tokens + config.rollout.max_new_tokens:
+        limits = "prompts.max_prompt_tokens + the largest evaluation.max_new_tokens"
     vocabulary = min(teacher.dims.vocab_size, student.dims.vocab_size)
     for checkpoint in (teacher, student):
         if longest > checkpoint.dims.max_positions:
             raise UserError(
-                f"prompts.max_prompt_tokens + rollout.max_new_tokens = {longest}: must not exceed "
+                f"{limits} = {longest}: must not exceed "
                 f"max_position_embeddings = {checkpoint.dims.max_positions} of {checkpoint}"
             )
     if config.annotator.top_k > vocabulary:

@@ -20,6 +20,7 @@ from megatron_npd.files import read_json, write_atomically, write_json
 from megatron_npd.prepare.dtype import decide_dtype
 from megatron_npd.prepare.fingerprints import Fingerprints, fingerprints_of, models_of, refuse_changed
 from megatron_npd.prepare.preflight import check_models, preflight
+from megatron_npd.prepare.problem_sets import complete_problems, save_all
 from megatron_npd.prepare.provenance import provenance
 from megatron_npd.run_directory import RunDirectory
 
@@ -44,12 +45,14 @@ def prepare(config: Config, in_cluster: bool = False) -> RunDirectory:
         config = as_prepared(config)
         check_models(config)
         check_inputs(run, config, fingerprints_of(config))
+        complete_problems(run, config)
     else:
         inputs = preflight(config)
         config = decide_dtype(config, in_cluster)
         _create(run.root)
         inputs.train.save(run.prompts(TRAIN), with_responses=config.trains_on_given)
         inputs.heldout.save(run.prompts(HELDOUT), with_responses=config.heldout.source == "data")
+        save_all(run, inputs.evaluations)
         write_json(run.provenance, provenance(config))
     # On a resume only what is not part of `Config.identity` can have changed: the roles read it from here.
     text = config.to_toml().encode()

@@ -60,10 +60,10 @@ def tokenise_part(path: str, kind: str, batch: RowBatch, reader: RowReader, fram
     prompts = [prompt for _, prompt in numbered]
     framed, notes = framer.frame(prompts, refuse) if prompts else ([], Notes())
     return TokenisedPart(
-        _part(prompts, framed),
+        part_of(prompts, framed),
         np.array([number for number, _ in numbered], np.int64),
-        np.array([_hash(prompt.words) for prompt in prompts], np.uint64),
-        np.array([_hash(normalised(prompt.words)) for prompt in prompts], np.uint64),
+        np.array([hash_of(prompt.words) for prompt in prompts], np.uint64),
+        np.array([hash_of(normalised(prompt.words)) for prompt in prompts], np.uint64),
         notes,
     )
 
@@ -105,7 +105,8 @@ def load_part(path: Path) -> TokenisedPart:
     return TokenisedPart(prompts, arrays["numbers"], arrays["said"], arrays["meant"], notes)
 
 
-def _part(prompts: list[Prompt], framed: list[Framed]) -> PromptPart:
+def part_of(prompts: list[Prompt], framed: list[Framed]) -> PromptPart:
+    """Prompts and what they became, as a part of a set."""
     framings = {one.framing: number for number, one in enumerate(framed)}
     framings = {text: number for number, text in enumerate(framings)}
     return PromptPart(
@@ -123,7 +124,8 @@ def _flat(ragged: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([np.zeros(0, np.int32), *rows]), np.array([len(row) for row in rows], np.int64)
 
 
-def _hash(text: str) -> int:
+def hash_of(text: str) -> int:
+    """What tells texts apart, of 64 bits."""
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
 
 

@@ -7,7 +7,8 @@ Events: `step` (trainer: train/*, near_policy/*, perf/*, by global step), `unit`
 response_tokens, tokens, seconds), `refresh` (rollout: version, bytes, verify_seconds before the engine was stopped,
 stall_seconds for which it was, parity_mean, parity_max), `publish` (trainer: version,
 bytes, seconds from the beginning until it was visible, stall_seconds of them during which training stood still: the
-rest ran beside training), `evaluation` (annotator: version, heldout_kl), `phase` (supervisor and trainer: name),
+rest ran beside training), `evaluation` (annotator: version, heldout_kl), `answers` (rollout: evaluation, version,
+accuracy, problems, response_tokens), `phase` (supervisor and trainer: name),
 `start` (every process: import_seconds from its creation until its own work began, then `seconds` of loading),
 `memory` (peak_bytes of a process's memory so far, of the largest rank; device_peak_bytes of a GPU's).
 """

@@ -23,6 +23,7 @@ from megatron_npd.report.plots import (
     Scores,
     distinct_steps,
     plot_drift,
+    plot_evaluations,
     plot_heldout,
     plot_histogram,
     plot_loss,
@@ -31,6 +32,7 @@ from megatron_npd.report.plots import (
     stage_name,
     words,
 )
+from megatron_npd.roles import TEACHER
 
 
 def render_report(summary: dict[str, Any], records: list[Record], scores: Scores, path: Path) -> None:
@@ -44,9 +46,12 @@ def render_report(summary: dict[str, Any], records: list[Record], scores: Scores
     """
     settings = summary.get("settings") or {}
     limit, steps = settings.get("kl_limit"), distinct_steps(records)
+    asked = summary.get("evaluation") or {}
     with matplotlib.rc_context(STYLE):
+        evaluated = [("Evaluations", READ_EVALUATIONS, plot_evaluations(asked))] if asked else []
         plots = [
             ("Held-out KL", READ_HELDOUT, plot_heldout(summary.get("heldout_kl_by_version") or {}, settings)),
+            *evaluated,
             ("Training loss", READ_LOSS, plot_loss(steps)),
             ("Δ-IFD: what the filter saw", READ_SCATTER, plot_scatter(scores)),
             ("Δ-IFD: distribution", READ_HISTOGRAM, plot_histogram(scores)),
@@ -54,7 +59,7 @@ def render_report(summary: dict[str, Any], records: list[Record], scores: Scores
             ("Near-policy drift", READ_DRIFT, plot_drift(steps, limit)),
         ]
         sections = "".join(_section(*plot) for plot in plots)
-    body = _headline(summary) + _round_table(summary) + sections + _details(summary)
+    body = _headline(summary) + _round_table(summary) + _evaluation_table(asked) + sections + _details(summary)
     title = escape(f"Near-policy distillation: {summary.get('run', 'run')}")
     write_atomically(path, PAGE.replace("{title}", title).replace("{body}", body).encode())
 
@@ -119,6 +124,26 @@ def _round_table(summary: dict[str, Any]) -> str:
     return _table(head, rows) if rows else ""
 
 
+def _evaluation_table(evaluations: dict[str, Any]) -> str:
+    """What every version scored, an evaluation a line."""
+    versions = sorted({version for results in evaluations.values() for version in results}, key=_version_order)
+    head = ["right answers", *(version if version == TEACHER else f"version {version}" for version in versions)]
+    rows = [[name, *(_accuracy(results.get(version)) for version in versions)] for name, results in evaluations.items()]
+    return _table(head, rows) if rows else ""
+
+
+def _version_order(version: str) -> tuple[bool, int]:
+    """The teacher last."""
+    return (True, 0) if version == TEACHER else (False, int(version))
+
+
+def _accuracy(result: dict[str, Any] | None) -> str | None:
+    if result is None:
+        return None
+    low, high = (100 * end for end in result["wilson_95"])
+    return f"{100 * result['accuracy']:.1f} % ({low:.1f} to {high:.1f})"
+
+
 def _details(summary: dict[str, Any]) -> str:
     """Speed, settings and versions, folded away."""
     speed = [[f"{role}, tokens/s", rate] for role, rate in (summary.get("tokens_per_second_by_role") or {}).items()]
@@ -150,6 +175,10 @@ def _figure(value: Any, form: str) -> str:
 READ_HELDOUT = (
     "KL(teacher ‖ student) on the teacher's answers to prompts never trained on, for each published version: lower is "
     "better, 0 would be the teacher itself."
+)
+READ_EVALUATIONS = (
+    "Share of right answers of each version, with the 95 % Wilson interval in which it would lie had other problems of "
+    "the kind been asked; dashed: the teacher, once `npd evaluate RUN --teacher` has asked it."
 )
 READ_LOSS = (
     "loss = (1 − λ)·CE + λ·KD and its two parts; the shading is the stage trained on, and a jump where it changes is "

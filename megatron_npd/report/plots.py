@@ -12,6 +12,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter
 
 from megatron_npd.process.metrics import busy_span
+from megatron_npd.roles import TEACHER
 from megatron_npd.run_directory import HELDOUT_STAGE, WARMUP_STAGE
 from megatron_npd.schema import Event, StepMetric, Verdict
 
@@ -67,6 +68,34 @@ def plot_heldout(kl_by_version: dict[str, float | None], settings: dict[str, Any
         axes.set_xticks(versions, [f"v{v}\n{names.get(v, f'round {v - first_round}')}" for v in versions])
     axes.set_ylim(0, max(values) * 1.18)
     axes.margins(x=0.08)
+    return figure
+
+
+def plot_evaluations(evaluations: dict[str, dict[str, Any]]) -> Figure | None:
+    """Accuracy by version with its 95 % interval, a colour for each evaluation; the teacher's dashed, where known.
+    Points of several evaluations stand side by side."""
+    if not any(evaluations.values()):
+        return None
+    figure, axes = _axes(3.2, "policy version", "right answers, %")
+    colours = (BLUE, ORANGE, GREEN, RED, *ROUNDS[1:])
+    ticks: set[int] = set()
+    for place, (name, results) in enumerate(evaluations.items()):
+        colour = colours[place % len(colours)]
+        shift = 0.04 * (place - (len(evaluations) - 1) / 2)
+        if teacher := results.get(TEACHER):
+            axes.axhline(100 * teacher["accuracy"], color=colour, linestyle="--", linewidth=1)
+        versions = sorted(int(version) for version in results if version != TEACHER)
+        ticks.update(versions)
+        shares = np.array([100 * results[str(v)]["accuracy"] for v in versions])
+        ends = np.array([[100 * end for end in results[str(v)]["wilson_95"]] for v in versions]).reshape(-1, 2)
+        axes.errorbar(
+            np.array(versions) + shift, shares, np.abs(ends.T - shares), color=colour, marker="o", capsize=3, label=name
+        )
+    if len(ticks) <= 12:
+        axes.set_xticks(sorted(ticks), [f"v{version}" for version in sorted(ticks)])
+    axes.set_ylim(0, 100)
+    axes.margins(x=0.08)
+    axes.legend(ncols=3, loc="best")
     return figure
 
 

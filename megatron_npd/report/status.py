@@ -10,6 +10,7 @@ Keys of `status`, ages in seconds:
         heard_of: age of its last sign of life; alive: heard of lately
     stages [{name, units, rolled_out, annotated, state, leases [{kind, unit, host, pid, age}]}]   units: None where the
         prompts cannot be read; state: to_come, training, trained, collected (its shards are removed), or heldout
+    evaluations [{name, versions [wanted ones], answered {version: accuracy}}]
     versions, checkpoint {name, step, stage, stage_step, age}, trainer {step, stage, loss}   trainer: its last step
     failures {role: n}, restarts {role: n}, last_failure {of, how, age, restart_in}
     quarantined [files that were corrupt and were set aside]
@@ -23,6 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_npd.buffer.evaluations import scores
 from megatron_npd.buffer.leases import filesystem_time
 from megatron_npd.buffer.listing import finished_units
 from megatron_npd.buffer.plan import Stage, make_plan, plan_of
@@ -59,6 +61,7 @@ def status(run_dir: str | Path) -> dict[str, Any]:
         "student": str(run.student) if finished else None,
         "processes": processes,
         "stages": _stages(run, config, point, now),
+        "evaluations": _evaluations(run, config),
         "versions": published_versions(run),
         "checkpoint": point and _checkpoint(point, now),
         TRAINER: _last_step(run),
@@ -104,6 +107,18 @@ def _stages(run: RunDirectory, config: Config, point: ResumePoint | None, now: f
             "leases": list(_leases(run, stage, now)),
         }
         for stage in plan.stages.values()
+    ]
+
+
+def _evaluations(run: RunDirectory, config: Config) -> list[dict[str, Any]]:
+    asked = make_plan(config, 1, 1).asked
+    return [
+        {
+            "name": name,
+            "versions": sorted(versions),
+            "answered": {str(version): accuracy for version, accuracy in scores(run, name, sorted(versions)).items()},
+        }
+        for name, versions in asked.items()
     ]
 
 

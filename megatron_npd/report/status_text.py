@@ -30,6 +30,8 @@ def _lines(status: dict[str, Any]) -> Iterator[str]:
                 f"  {'':<18}  {lease['kind']} unit {lease['unit'] + 1} is leased by process {lease['pid']} of "
                 f"{lease['host']}, heard of {duration(lease['age'])} ago"
             )
+    for evaluation in status["evaluations"]:
+        yield f"  {evaluation['name']:<18}{_evaluation(evaluation)}"
     yield f"  {'weights':<18}{_versions(status['versions'])}"
     yield f"  {'checkpoint':<18}{_checkpoint(status['checkpoint'])}"
     if step := status[TRAINER]:
@@ -50,6 +52,12 @@ def _stage(stage: dict[str, Any]) -> str:
     units = "?" if stage["units"] is None else stage["units"]
     annotated = "" if stage["state"] == "heldout" else f", {stage['annotated']} annotated"
     return f"{stage['rolled_out']} of {units} units rolled out{annotated}{_STATES[stage['state']]}"
+
+
+def _evaluation(evaluation: dict[str, Any]) -> str:
+    answered, wanted = evaluation["answered"], evaluation["versions"]
+    newest = f"; {100 * list(answered.values())[-1]:.1f} % right by version {list(answered)[-1]}" if answered else ""
+    return f"answered by {len(answered)} of {len(wanted)} versions{newest}"
 
 
 def _versions(versions: list[int]) -> str:

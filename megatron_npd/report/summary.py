@@ -13,6 +13,9 @@ Keys of `summarise`, in nats a token, seconds and tokens unless said otherwise:
     trained_tokens (response tokens, summed over steps), packing_efficiency (tokens / (tokens + padding))
     heldout_kl_before, _after_warmup, _after, _by_version {version: kl}, _reduction {whole_run, rounds: fraction}
     heldout_top1_agreement_by_version {version: fraction of tokens whose likeliest next id is the teacher's}
+    evaluation {name: {version, or teacher: {accuracy, wilson_95 [low, high], correct, samples, problems, truncated}}}
+    best_version {score: version}   score: an evaluation's name, or heldout_kl; of versions with the same, the later
+    student_version   the one in student_hf
     tokens_per_second_by_role {role: tokens / busy second of one worker; computed ones for trainer and annotator,
         response tokens for the rollout roles}
     wall_seconds_by_phase {role: {stage or event: busy seconds}, total: first to last record}
@@ -34,23 +37,27 @@ from typing import Any
 
 import numpy as np
 
+from megatron_npd.buffer.evaluations import best_of, results_of, scores
 from megatron_npd.buffer.plan import make_plan
 from megatron_npd.buffer.retention import collected
 from megatron_npd.buffer.shards import CorruptShardError, ShardFile
-from megatron_npd.config import Config
+from megatron_npd.config import HELDOUT_KL, Config
 from megatron_npd.files import read_json, write_json
 from megatron_npd.process.metrics import busy_span, read_metrics
 from megatron_npd.report.page import render_report
 from megatron_npd.report.plots import distinct_steps
-from megatron_npd.roles import TRAINER
+from megatron_npd.roles import TEACHER, TRAINER
 from megatron_npd.run_directory import WARMUP_STAGE, RunDirectory, round_stage
-from megatron_npd.schema import GIVEN_VERSION, Event, StepMetric, Verdict
+from megatron_npd.schema import GIVEN_VERSION, TEACHER_VERSION, Event, StepMetric, Verdict
+from megatron_npd.versions.manifest import published_versions
 
 logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 SCORES = {"ifd_teacher": "float64", "ifd_student": "float64", "delta_ifd": "float64"}
 SCORES |= {"verdict": "uint8", "policy_version": "int32"}
+FIGURES = ("accuracy", "wilson_95", "correct", "samples", "problems", "truncated")
+"""Of an evaluation's result, what the summary has."""
 OF_SHARD = {"round": "int64", "lowest_kept": "float64", "highest_kept": "float64"}
 
 
@@ -73,6 +80,7 @@ def summarise(run: RunDirectory, config: Config) -> dict[str, Any]:
         **_training(records),
         "trained_on": _trained_on(records),
         **_heldout(run, config),
+        **_evaluations(run, config),
         "tokens_per_second_by_role": _tokens_per_second(records),
         "wall_seconds_by_phase": _wall_seconds(records),
         "parity": _parity(records),
@@ -241,6 +249,28 @@ def _heldout(run: RunDirectory, config: Config) -> dict[str, Any]:
             "rounds": _reduction(start, after) if config.rounds.count else None,
         },
     }
+
+
+def _evaluations(run: RunDirectory, config: Config) -> dict[str, Any]:
+    """What versions scored in every evaluation, those included that the configuration does not name any more."""
+    names = [one.name for one in config.evaluation]
+    names += sorted({path.name for path in run.evaluations.glob("*/") if path.is_dir()} - set(names))
+    results = {name: found for name in names if (found := results_of(run, name))}
+    versions = published_versions(run)
+    scored = {by: found for by in (*results, HELDOUT_KL) if (found := scores(run, by, versions))}
+    return {
+        "evaluation": {
+            name: {_version_name(version): {key: entry.get(key) for key in FIGURES} for version, entry in of.items()}
+            for name, of in results.items()
+        }
+        or None,
+        "best_version": {by: best_of(of_versions, by) for by, of_versions in scored.items()} or None,
+        "student_version": _json_or_empty(run.handed_over).get("version"),
+    }
+
+
+def _version_name(version: int) -> str:
+    return TEACHER if version == TEACHER_VERSION else str(version)
 
 
 def _tokens_per_second(records: list[Record]) -> dict[str, float | None] | None:

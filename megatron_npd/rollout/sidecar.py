@@ -1,4 +1,5 @@
-"""The rollout role: `run` samples every unit of work that its policy, the student or the teacher, has in the plan.
+"""The rollout role: `run` samples every unit of work that its policy, the student or the teacher, has in the plan, and
+has every version answer the evaluations it is chosen for.
 
 Any number of sidecars may run, join late or die: units are leased, what is asked of the engine for a unit depends on
 its identity alone, and a stage whose units are all there is passed over without its weights being needed. The engine
@@ -27,6 +28,7 @@ from megatron_npd.process.activity import doing
 from megatron_npd.process.memory import release_unused
 from megatron_npd.process.waiting import wait_for
 from megatron_npd.roles import SIDECAR, TEACHER
+from megatron_npd.rollout.examining import Examiner
 from megatron_npd.rollout.given import given_shard
 from megatron_npd.rollout.parity import Parity, check_parity
 from megatron_npd.rollout.rollout_batch import RolloutBatch
@@ -121,7 +123,7 @@ def run(config: Config, policy: str) -> None:
         _run_teacher(sidecar)
     else:
         _run_student(sidecar)
-    logger.info("every %s response of this run is there", policy)
+    logger.info("nothing is left to sample for the %s", policy)
 
 
 def _run_teacher(sidecar: Sidecar) -> None:
@@ -133,17 +135,40 @@ def _run_teacher(sidecar: Sidecar) -> None:
 
 
 def _run_student(sidecar: Sidecar) -> None:
+    """Version by version: first the round that the trainer waits for, then what is to be answered."""
+    examiner = Examiner(sidecar.context, sidecar.stop_ids)
     engine = None
-    for stage in sidecar.context.plan.round_stages:
+    while True:
+        for version in sorted({*sidecar.context.plan.round_versions, *(exam.version for exam in examiner.left())}):
+            engine = _serve_version(sidecar, examiner, engine, version)
+        if not (left := examiner.left()):
+            return
+        if engine and left[0].version < engine.version:
+            # Whoever was at it has died, and an engine only moves on.
+            logger.info("%s is left: it takes a sidecar that is started anew", left[0])
+            return
+        examiner.wait_for_others()
+
+
+def _serve_version(
+    sidecar: Sidecar, examiner: Examiner, engine: RolloutEngine | None, version: int
+) -> RolloutEngine | None:
+    """All that is to be done with a version and that nobody else does; the engine, once there is one."""
+    for stage in (stage for stage in sidecar.context.plan.round_stages if stage.version == version):
         if not sidecar.undone(stage):
             logger.info("%s is complete already", stage.name)
             continue
         write_given(sidecar, [stage])
         if not sidecar.undone(stage):  # a given unit was all that was missing, so no engine is
             continue
-        engine = engine or _start_on_published(sidecar, stage.version)
-        _reach_version(sidecar, engine, stage.version)
+        engine = engine or _start_on_published(sidecar, version)
+        _reach_version(sidecar, engine, version)
         generate(sidecar, engine, [stage])
+    if examiner.wants(version) and (engine is None or engine.version <= version):
+        engine = engine or _start_on_published(sidecar, version)
+        _reach_version(sidecar, engine, version)
+        examiner.examine(engine)
+    return engine
 
 
 def _start_on_published(sidecar: Sidecar, wanted: int) -> RolloutEngine:
@@ -158,8 +183,7 @@ def _start_on_published(sidecar: Sidecar, wanted: int) -> RolloutEngine:
 
 def _start_engine(sidecar: Sidecar, folder: Path, version: int) -> RolloutEngine:
     config, since = sidecar.config, time.monotonic()
-    longest = config.prompts.max_prompt_tokens + config.rollout.max_new_tokens
-    models = config.models
+    longest, models = config.longest_sequence, config.models
     with doing("starting an engine on " + ("the teacher" if version == TEACHER_VERSION else f"version {version}")):
         engine = RolloutEngine(folder, version, config.rollout, models.dtype, longest, models.trust_remote_code)
         parity = None if version == TEACHER_VERSION else check_parity(engine, read_parity_probe(folder), config.rollout)

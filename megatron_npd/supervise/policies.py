@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_npd.buffer.evaluations import open_exams
 from megatron_npd.buffer.listing import is_finished
 from megatron_npd.buffer.plan import Plan, plan_of
 from megatron_npd.config import Config
@@ -53,11 +54,11 @@ def sample_both(config: Config) -> int:
 
 
 def next_policy(run: RunDirectory, plan: Plan) -> str | None:
-    """Whose responses are missing, the teacher's first; None if none are."""
+    """Whose responses are missing, the teacher's first; None if none are. Answers of evaluations are the student's."""
     for policy, stages in ((TEACHER, plan.teacher_stages), (STUDENT, plan.round_stages)):
         if not all(is_finished(run, "rollouts", stage) for stage in stages):
             return policy
-    return None
+    return STUDENT if open_exams(run, plan) else None
 
 
 @contextlib.contextmanager

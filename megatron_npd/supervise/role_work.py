@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from megatron_npd.buffer.evaluations import answered_exams, open_exams
 from megatron_npd.buffer.listing import finished_units, is_finished
 from megatron_npd.buffer.plan import Plan, Stage
 from megatron_npd.config import Config
@@ -79,8 +80,8 @@ def roles_of(config: Config, run: RunDirectory, plan: Plan, scratch: Path) -> li
         Role(
             ROLLOUT,
             sidecar(STUDENT),
-            is_done=lambda: work.is_sampled(plan.round_stages),
-            done=lambda: work.sampled(plan.round_stages),
+            is_done=work.student_is_done,
+            done=lambda: work.sampled(plan.round_stages) + answered_exams(run, plan),
             is_wanted=work.wants_student,
         ),
     ]
@@ -126,11 +127,16 @@ class Work:
         first = self.plan.training_stages[0]
         return first.version != TEACHER_VERSION or bool(finished_units(self.run, "samples", first))
 
+    def student_is_done(self) -> bool:
+        """Whether every round is sampled and every evaluation answered."""
+        return self.is_sampled(self.plan.round_stages) and not open_exams(self.run, self.plan)
+
     def wants_student(self) -> bool:
         """Whether the teacher's engine has left, so that there is one at a time, and the version is there that the next
-        round is sampled from."""
-        left = [stage for stage in self.plan.round_stages if not is_finished(self.run, "rollouts", stage)]
-        return self.is_sampled(self.plan.teacher_stages) and (not left or self.run.version(left[0].version).is_dir())
+        round is sampled from, or that is next to be evaluated."""
+        left = [stage.version for stage in self.plan.round_stages if not is_finished(self.run, "rollouts", stage)]
+        left += [exam.version for exam in open_exams(self.run, self.plan)]
+        return self.is_sampled(self.plan.teacher_stages) and (not left or self.run.version(min(left)).is_dir())
 
 
 def role_environment(config: Config, role: str) -> dict[str, str]:

@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_npd.buffer.evaluations import best_version
+from megatron_npd.buffer.plan import Plan
 from megatron_npd.config import Config
 from megatron_npd.data.batch import PackedBatch, TrainingSample, aligned, collate
 from megatron_npd.data.context_parallel import context_parallel_share
 from megatron_npd.data.prompts import HELDOUT, load_prompt_set
 from megatron_npd.distributed.parallel import Parallel
-from megatron_npd.files import fsync_folder
+from megatron_npd.files import fsync_folder, write_json
 from megatron_npd.mcore.model import named_parameters
 from megatron_npd.mcore.optimizer import micro_batch_multiple, pipeline_forward, sum_over
 from megatron_npd.models.hf_config import ModelDims
@@ -48,8 +50,19 @@ def publish(publisher: Publisher, run: RunDirectory, config: Config, version: in
     publisher.publish(version, named_parameters(models), probe, since)
 
 
-def write_student(run: RunDirectory, version: int) -> None:
-    """Make `student_hf/` from a published version: the same files (hard links where possible), no run internals."""
+def version_to_hand_over(run: RunDirectory, plan: Plan, config: Config) -> int | None:
+    """Which version the finished student is (`export`); None as long as a score that decides it is missing."""
+    if config.export.version == "last":
+        return plan.final_version
+    return best_version(run, plan, config.export.by)
+
+
+def write_student(run: RunDirectory, version: int, by: str = "") -> None:
+    """Make `student_hf/` from a published version: the same files (hard links where possible), no run internals.
+
+    `by`: the score it was chosen by, "" for none.
+    """
+    write_json(run.handed_over, {"version": version, "by": by or None})
     staging = run.root / ".staging-student_hf"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()

@@ -32,7 +32,7 @@ from megatron_npd.roles import TRAINER
 from megatron_npd.run_directory import WARMUP_STAGE
 from megatron_npd.schema import TEACHER_VERSION, Event
 from megatron_npd.training.position import Position
-from megatron_npd.training.publishing import make_publisher, publish, write_student
+from megatron_npd.training.publishing import make_publisher, publish, version_to_hand_over, write_student
 from megatron_npd.training.samples import StageIndex, open_stage, wait_for_stage
 from megatron_npd.training.schedule import PackCosts, Step, deal, imbalance, learning_rate_of, plan_steps
 from megatron_npd.training.step import collect_sums, forward_step
@@ -164,9 +164,12 @@ class Trainer:
     def finish(self) -> None:
         """Leave the finished student as an ordinary Hugging Face checkpoint."""
         self._settle()
+        choose = functools.partial(version_to_hand_over, self.run, self.plan, self.config)
+        by = self.config.export.by
+        version = wait_together(self.parallel, f"{by} of every version, of which the best is handed over", choose)
         if self.parallel.rank == 0:
-            write_student(self.run, self.plan.final_version)
-            logger.info("the student is in %s", self.run.student)
+            write_student(self.run, version, by)
+            logger.info("the student, version %d, is in %s", version, self.run.student)
         barrier()
 
     def _prepare(self, samples: StageIndex, step: Step) -> Prepared:

@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 from pydantic import BaseModel
 
@@ -44,8 +45,11 @@ def summary_surface(folder: Path) -> Iterator[str]:
 
 def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in section.model_fields.items():
+        tables = [table for table in get_args(field.annotation) if isinstance(table, type)]
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from _keys(field.annotation, f"{prefix}{name}.")
+        elif tables and issubclass(tables[0], BaseModel):  # as often as there are such tables
+            yield from _keys(tables[0], f"{prefix}{name}[].")
         else:
             default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
             yield f"key: {prefix}{name} = {default}"
