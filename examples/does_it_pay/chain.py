@@ -4,7 +4,7 @@
     answer     +3 10 *2 0 -4 16
 
 Every operation is copied and followed by the number it leads to. A model of a few thousand parameters learns it, makes
-mistakes while it learns, and one mistake spoils all that follows: what distillation on a student's own answers is about.
+mistakes while it learns, and one mistake spoils all that follows: what training on a student's own answers is about.
 """
 
 from __future__ import annotations

@@ -245,8 +245,9 @@ def sections(results: Results) -> list[tuple[str, str, list[list[str]]]]:
 def markdown(results: Results) -> str:
     machines = sorted({one["machine"] for runs in results.values() for one in runs.values()})
     dates = sorted({one["date"] for runs in results.values() for one in runs.values()})
-    parts = ["# Does it pay? Results", "", "Made by `python examples/does_it_pay/page.py`; ± are 95 % intervals over prompt sets.",
-             f"Runs of {dates[0]} to {dates[-1]} on: {'; '.join(machines)}." if dates else ""]  # fmt: skip
+    made = "Made by `python examples/does_it_pay/page.py`; ± are 95 % intervals over prompt sets."
+    when = f"Runs of {dates[0]} to {dates[-1]} on: {'; '.join(machines)}." if dates else ""
+    parts = ["# Does it pay? Results", "", made, when]
     for title, text, table in sections(results):
         parts += ["", f"## {title}", ""] + ([text, ""] if text else [])
         parts += [markdown_table(table)] if len(table) > 1 else []
@@ -258,7 +259,8 @@ body {{ font: 16px/1.5 system-ui, sans-serif; color: #1c2430; background: #f5f6f
   padding: 1rem; }}
 section {{ background: #fff; border: 1px solid #e3e7ec; border-radius: 8px; padding: 1rem; margin-top: 1rem;
   overflow-x: auto; }}
-table {{ border-collapse: collapse; font-size: .85rem; }} td, th {{ padding: .25rem .8rem .25rem 0; text-align: right; }}
+table {{ border-collapse: collapse; font-size: .85rem; }}
+td, th {{ padding: .25rem .8rem .25rem 0; text-align: right; }}
 td:first-child, th:first-child {{ text-align: left; }} th {{ color: #667085; }} svg {{ max-width: 100%; height: auto; }}
 </style></head><body><h1>Does it pay?</h1>{body}</body></html>
 """

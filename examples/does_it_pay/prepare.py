@@ -23,6 +23,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 from chain import UNASKED, Chain, corrupted, make_chains
@@ -32,7 +33,7 @@ SETS = list(range(1, 9))
 """Numbers of the prompt sets; a set's seeds follow from its number."""
 PROMPTS, PROBLEMS, HELDOUT, UNASKED_ROWS = 400, 500, 100, 20
 PROBLEM_SEED, HELDOUT_SEED, SET_SEED = 777, 778, 1000
-TEACHER_STEPS = {"teacher": 900, "uncertain": 450}
+TEACHER_STEPS = {"teacher": 450, "uncertain": 250}
 HOT = 1.5
 COPIES = 4
 """Answers to each question in varied.jsonl and corrupted.jsonl: as many as four rounds sample."""
@@ -60,7 +61,7 @@ def prepare(output: Path, sets: Iterable[int], teachers: Iterable[str]) -> None:
     for teacher in teachers:
         model(output / "models" / teacher, "--steps", str(TEACHER_STEPS[teacher]), "--seed", "0")
         answer = Answers(output / "models" / teacher)
-        make(output / "sets" / f"{teacher}_heldout.jsonl", lambda: answer.rows(heldout))
+        make(output / "sets" / f"{teacher}_heldout.jsonl", partial(answer.rows, heldout))
         for number in sets:
             chains = make_chains(SET_SEED + number, PROMPTS, but=apart)
             make_set(output / "sets" / set_name(teacher, number), chains, answer, SET_SEED + number)

@@ -48,7 +48,7 @@ class Change:
     loses: bool
     """Words or letters are gone, or run into one another; otherwise all are there, as the tokenizer declares it."""
     unknown: str = ""
-    """Characters it has no token for, which become its unknown token."""
+    """Characters it has no token for, which become its unknown token; of a tokenizer of whole words, such words."""
 
 
 def changes(tokenizer: Tokenizer, texts: tuple[str, ...] = SAMPLE_TEXTS) -> Iterator[Change]:
@@ -66,7 +66,9 @@ def changed(tokenizer: Tokenizer, text: str) -> Change | None:
         return None
     unknown = "".join(character for character in dict.fromkeys(text) if _is_unknown(tokenizer, character))
     known = "".join(character for character in text if character not in unknown)
-    return Change(text, becomes, not _has_words_of(tokenizer, known), unknown)
+    if strange := [word for word in known.split() if _has_unknown(tokenizer, word)]:
+        known = " ".join(word for word in known.split() if word not in strange)
+    return Change(text, becomes, not _has_words_of(tokenizer, known), " ".join(filter(None, [unknown, *strange])))
 
 
 def different_ids(one: Tokenizer, other: Tokenizer, texts: tuple[str, ...] = SAMPLE_TEXTS) -> str | None:
@@ -80,7 +82,11 @@ def _there_and_back(tokenizer: Tokenizer, text: str) -> str:
 
 def _is_unknown(tokenizer: Tokenizer, character: str) -> bool:
     """Whether a character has no token and becomes the unknown one, which is seen; blanks and line ends must not."""
-    return character not in " \n" and tokenizer.unk_token_id in tokenizer.text_ids(character)
+    return character not in " \n" and _has_unknown(tokenizer, character)
+
+
+def _has_unknown(tokenizer: Tokenizer, text: str) -> bool:
+    return tokenizer.unk_token_id in tokenizer.text_ids(text)
 
 
 def _has_words_of(tokenizer: Tokenizer, text: str) -> bool:

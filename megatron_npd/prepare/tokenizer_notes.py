@@ -36,7 +36,7 @@ def _speak_of_changes(checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
     """Sample texts that come back otherwise."""
     found = list(changes(tokenizer))
     for kind, changed in (
-        ("has no token for characters", [change for change in found if change.unknown]),
+        ("has no token for characters or words", [change for change in found if change.unknown]),
         ("changes spaces, letter case or Unicode form", [change for change in found if not change.unknown]),
     ):
         if changed:

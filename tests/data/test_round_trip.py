@@ -8,6 +8,7 @@ import pytest
 from byte_level_tokenizer import byte_level, write_byte_level
 from tiny_tokenizer import make_tokenizer
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as WholeTokenizer
 
 from megatron_npd.data.round_trip import SAMPLE_TEXTS, Change, changed, changes
 from megatron_npd.data.tokenizer import Tokenizer, auto_tokenizer, load_tokenizer
@@ -76,6 +77,19 @@ def test_characters_without_a_token_are_seen_and_named(tmp_path: Path) -> None:
     assert changed(tokenizer, "naïve") == Change("naïve", "na<pad><pad>ve", False, "ï")
     assert changed(tokenizer, TEXT) is None
     assert not any(change.loses for change in changes(tokenizer))
+
+
+def test_a_tokenizer_of_whole_words_lacks_words_and_loses_none(tmp_path: Path) -> None:
+    """Each character of an unknown word may have a token of its own."""
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, "2": 3, "0": 4, "7": 5, "+3": 6}
+    made = WholeTokenizer(models.WordLevel(words, unk_token="<pad>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = load_tokenizer(write_byte_level(tmp_path / "words", made, unk_token="<pad>"), trust_remote_code=False)
+    assert changed(tokenizer, "7 +3 2") is None
+    assert changed(tokenizer, "2 +3 2027 7") == Change("2 +3 2027 7", "2 +3 <pad> 7", False, "2027")
+    made.decoder = decoders.Fuse()
+    fused = load_tokenizer(write_byte_level(tmp_path / "fused", made, unk_token="<pad>"), trust_remote_code=False)
+    assert changed(fused, "2 +3 2027 7") == Change("2 +3 2027 7", "2+3<pad>7", True, "2027"), "known words run together"
 
 
 def test_unknown_spaces_are_a_loss(tmp_path: Path) -> None:
