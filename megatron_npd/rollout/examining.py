@@ -44,9 +44,9 @@ class Examiner:
                 if is_ours:
                     self._examine(engine, exam)
 
-    def wait_for_others(self) -> None:
-        """Return when an evaluation that others are at has its result, or when nobody is at it any more."""
-        run, config, left = self._context.run, self._context.config, self.left()
+    def wait_for_others(self, left: list[Exam]) -> None:
+        """Return when one of these, which others are at, has its result, or when nobody is at it any more."""
+        run, config = self._context.run, self._context.config
         wait_for(
             "other workers to finish evaluations",
             lambda: any(is_answered(run, exam) or not is_taken(run, config, exam) for exam in left) or None,

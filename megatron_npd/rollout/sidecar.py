@@ -141,13 +141,13 @@ def _run_student(sidecar: Sidecar) -> None:
     while True:
         for version in sorted({*sidecar.context.plan.round_versions, *(exam.version for exam in examiner.left())}):
             engine = _serve_version(sidecar, examiner, engine, version)
-        if not (left := examiner.left()):
+        left = examiner.left()
+        ahead = [exam for exam in left if engine is None or exam.version >= engine.version]
+        if not ahead:
+            if left:  # who was at it is at it still, or has died; and an engine only moves on
+                logger.info("%s is left to others, or to a sidecar that is started anew", left[0])
             return
-        if engine and left[0].version < engine.version:
-            # Whoever was at it has died, and an engine only moves on.
-            logger.info("%s is left: it takes a sidecar that is started anew", left[0])
-            return
-        examiner.wait_for_others()
+        examiner.wait_for_others(ahead)
 
 
 def _serve_version(
