@@ -33,6 +33,7 @@ class Verdict(IntEnum):
     NON_FINITE = 5  # a score is NaN or infinite
     ABORTED = 6  # the engine gave up on it
     OUT_OF_VOCABULARY = 7  # an id that one of the two models does not have
+    RANDOM = 8  # dropped by lot
 
 
 # column name -> (dtype, dimensions). A shard holds exactly these columns.

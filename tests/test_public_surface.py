@@ -26,5 +26,5 @@ def test_keys_of_the_summary_are_as_written_down(tmp_path: Path) -> None:
 
 
 def test_a_change_is_seen() -> None:
-    changed = [line.replace("selection.tau", "selection.threshold") for line in light_surface()]
+    changed = [line.replace("selection.tau =", "selection.threshold =") for line in light_surface()]
     assert differences(changed, of_summary=False) == ["+ key: selection.threshold = 0.8", "- key: selection.tau = 0.8"]

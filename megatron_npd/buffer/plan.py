@@ -165,6 +165,11 @@ def sampling_seed(run_seed: int, stage: str, prompt_index: int, sample_index: in
     return _derive(run_seed, "sample", stage, prompt_index, sample_index) % 2**31
 
 
+def lot(run_seed: int, stage: str, prompt_index: int, sample_index: int) -> int:
+    """A number in [0, 2^64) drawn for an identity, for rules of selection that leave something to chance."""
+    return _derive(run_seed, "lot", stage, prompt_index, sample_index)
+
+
 def training_order(run_seed: int, stage: str, epoch: int, identities: np.ndarray) -> np.ndarray:
     """Order in which an epoch visits samples: a permutation, int64 [n].
 

@@ -13,7 +13,7 @@ from megatron_npd.buffer.leases import is_free, lease
 from megatron_npd.buffer.listing import is_finished, unfinished_units
 from megatron_npd.buffer.plan import Stage
 from megatron_npd.config import Config
-from megatron_npd.process.waiting import explained
+from megatron_npd.process.waiting import Pace, explained
 from megatron_npd.run_directory import RunDirectory
 
 
@@ -84,12 +84,13 @@ class UnitsInHand:
 
     def wait_for_others(self, stage: Stage) -> None:
         """Return when no unit of a stage is undone, or when one is that nobody holds any more."""
+        pace = Pace(self._poll_seconds)
         with explained(f"other workers to finish the last {self._kind} of {stage.name}") as still:
             while undone := unfinished_units(self._run, self._kind, stage):
                 if any(is_free(self._run.lease(self._kind, stage.name, unit), self._lease_seconds) for unit in undone):
                     break
                 still()
-                time.sleep(self._poll_seconds)
+                pace.sleep()
         self._next_look = 0.0
 
     def __enter__(self) -> UnitsInHand:

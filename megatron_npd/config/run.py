@@ -109,10 +109,18 @@ class AnnotatorConfig(Section):
 
 
 class SelectionConfig(Section):
+    rule: Literal["delta_ifd", "none", "random"] = "delta_ifd"
+    """What is kept of a round. delta_ifd: 0 ≤ Δ-IFD ≤ τ; none: every usable response, and no score is computed; random:
+    of each unit as many as delta_ifd would keep, drawn by lot: what a filter is to be compared with."""
     form: Literal["ppl", "loss"] = "ppl"
     """IFD as a ratio of perplexities (Superfiltering) or of losses (Cherry LLM). tau does not carry over."""
     tau: float = Field(0.8, ge=0.0)
-    """Largest delta_ifd that is kept."""
+    """τ, the largest delta_ifd that is kept."""
+    tau_quantile: float = Field(0.0, ge=0.0, le=1.0)
+    """τ is this quantile of the Δ-IFD ≥ 0 of the round before, so that the share that is kept stays what it was set to
+    while Δ-IFD changes from round to round; the first round takes `tau`. 0: `tau` in every round."""
+    least_kept_share: float = Field(0.02, ge=0.0, le=1.0)
+    """A round of which a smaller share is kept ends the run."""
     unconditional_prefix: Literal["auto", "bos", "assistant_header"] = "auto"
     """What the unconditional pass starts from. auto: BOS where the tokenizer prepends one, else the header."""
     reject_truncated: bool = True
@@ -203,6 +211,10 @@ class TrainingConfig(Section):
     """Weight gradients added to the float32 buffer inside the matrix product (NVIDIA apex). on: refused without it."""
     checkpoint_interval: int = Field(100, ge=0)
     """Optimizer steps between checkpoints inside a stage; 0: only at the end of a stage."""
+    checkpoint_rounds: int = Field(1, ge=1)
+    """Rounds from one checkpoint at the end of a round to the next; at the end of the warm-up and of the last round
+    there always is one. More than 1: for rounds of a few steps. A restart then trains on the rounds since the last one
+    again, on the same samples."""
     keep_checkpoints: int = Field(2, ge=1)
     """Newest checkpoints kept; older ones are deleted."""
     asynchronous_checkpoints: bool = True
@@ -236,6 +248,7 @@ CHANGEABLE_IN_TRAINING = {
     "fused_optimizer",
     "gradient_accumulation_fusion",
     "checkpoint_interval",
+    "checkpoint_rounds",
     "keep_checkpoints",
     "asynchronous_checkpoints",
     "threads",
@@ -270,7 +283,7 @@ class LaunchConfig(Section):
     lease_seconds: float = Field(300.0, gt=0.0)
     """A unit of work whose worker gave no sign of life for so long is handed to another."""
     poll_seconds: float = Field(0.2, gt=0.0)
-    """How often a waiting role looks at the run directory."""
+    """How often a role that waits looks at the run directory; at the beginning of a wait more often."""
     grace_seconds: float = Field(60.0, ge=0.0)
     """How long a role that is asked to stop may take before it is killed. The trainer finishes its step and saves a
     checkpoint."""
@@ -332,6 +345,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _check_across_sections(self) -> Config:
         self._check_stages()
+        self._check_selection()
         training = self.training
         if training.sequence_parallel and training.tensor_model_parallel_size == 1:
             raise ValueError("training.sequence_parallel = true: needs training.tensor_model_parallel_size > 1")
@@ -371,6 +385,15 @@ class Config(Section):
                     f"rollout.max_new_tokens = {longest}"
                 )
         return self
+
+    def _check_selection(self) -> None:
+        """Keys that would have no effect are faults."""
+        selection = self.selection
+        if selection.rule == "none" and selection.tau_quantile:
+            raise ValueError(
+                f"selection.tau_quantile = {selection.tau_quantile}: must be left out with selection.rule = 'none', "
+                "which has no τ"
+            )
 
     def _check_stages(self) -> None:
         """What is trained on must fit together."""

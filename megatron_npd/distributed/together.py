@@ -9,7 +9,7 @@ from typing import TypeVar
 from megatron_npd.distributed.collectives import broadcast_object, greatest
 from megatron_npd.distributed.parallel import Parallel
 from megatron_npd.process import stopping
-from megatron_npd.process.waiting import explained
+from megatron_npd.process.waiting import Pace, explained
 
 T = TypeVar("T")
 
@@ -27,9 +27,10 @@ def wait_together(parallel: Parallel, what: str, look: Callable[[], T | None], p
     found = _agree(look() if parallel.rank == 0 else None, parallel)
     if found is not None:
         return found
+    pace = Pace(poll_seconds)
     with explained(what) as still:
         while found is None:
-            mine = _look_for(look, poll_seconds) if parallel.rank == 0 else None
+            mine = _look_for(look, pace) if parallel.rank == 0 else None
             still()
             found = _agree(mine, parallel)
     return found
@@ -51,11 +52,11 @@ def _agree(found: T | None, parallel: Parallel) -> T | None:
     return broadcast_object(found) if parallel.world_size > 1 else found
 
 
-def _look_for(look: Callable[[], T | None], poll_seconds: float) -> T | None:
+def _look_for(look: Callable[[], T | None], pace: Pace) -> T | None:
     """Look for some time, shorter when this rank was asked to stop."""
     until = time.monotonic() + TOUCH_SECONDS
     while time.monotonic() < until and not stopping.requested():
-        time.sleep(min(poll_seconds, TOUCH_SECONDS))
+        pace.sleep(TOUCH_SECONDS)
         if (found := look()) is not None:
             return found
     return None

@@ -50,7 +50,7 @@ class Workload:
     response_tokens: float
     """Of one response."""
     heldout_tokens: float
-    """Tokens of the held-out set: the student prefills them for each of these versions, the teacher once in an annotator."""
+    """Tokens of the held-out set: the student prefills them for each of these versions, a teacher once."""
     tokens_per_pack: int
     packs_at_once: int
     """Largest number of data-parallel replicas that all have work: packs of a full step."""

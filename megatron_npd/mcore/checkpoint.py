@@ -39,7 +39,7 @@ from megatron_npd.files import fsync_folder, make_durable, probe_writing, read_j
 from megatron_npd.mcore import optimizer_state
 from megatron_npd.mcore.optimizer import Trainable
 from megatron_npd.process import stopping
-from megatron_npd.process.parent_death import die_with
+from megatron_npd.process.parent_death import die_with, stay_until_death_of
 from megatron_npd.process.waiting import Reminder
 from megatron_npd.run_directory import CHECKPOINT_STATE as STATE
 from megatron_npd.run_directory import LATEST_CHECKPOINT as LATEST
@@ -266,11 +266,6 @@ def _end_with_a_killed_child() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _enter_results_server(trainer: int) -> None:
-    die_with(trainer)
-    stopping.ignore()
-
-
 _manager: SyncManager | None = None
 
 
@@ -279,5 +274,5 @@ def _use_mortal_results_queue() -> None:
     global _manager
     if _manager is None:
         _manager = SyncManager(ctx=get_context("spawn"))
-        _manager.start(initializer=_enter_results_server, initargs=(os.getpid(),))
+        _manager.start(initializer=stay_until_death_of, initargs=(os.getpid(),))
         filesystem_async._results_queue = _manager.Queue()

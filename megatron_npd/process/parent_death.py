@@ -7,6 +7,8 @@ import os
 import signal
 import sys
 
+from megatron_npd.process import stopping
+
 _PR_SET_PDEATHSIG = 1
 # Loaded here: between fork and exec a child must not load libraries.
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -18,3 +20,10 @@ def die_with(parent: int) -> None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # it died before the request
             os._exit(1)
+
+
+def stay_until_death_of(parent: int) -> None:
+    """Call in a child that serves its parent to the end: it dies with it, and is not stopped before. This module
+    imports nothing large, because a spawned child imports it anew."""
+    die_with(parent)
+    stopping.ignore()

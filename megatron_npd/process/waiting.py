@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,19 +19,40 @@ from megatron_npd.run_directory import RunDirectory
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 SAY_AGAIN_SECONDS = 30.0
+SHORTEST_PAUSE_SECONDS = 0.005
 
 
 def wait_for(what: str, look: Callable[[], T | None], poll_seconds: float = 0.2) -> T:
-    """Call `look` until it returns something; say what is waited for, in the log (`explained`) and to `npd status`."""
+    """Call `look` until it returns something; say what is waited for, in the log (`explained`) and to `npd status`.
+
+    `poll_seconds`: the longest pause between two looks (`Pace`).
+    """
     found = look()
     if found is not None:
         return found
+    pace = Pace(poll_seconds)
     with explained(what) as still:
         while found is None:
-            time.sleep(poll_seconds)
+            pace.sleep()
             still()
             found = look()
     return found
+
+
+class Pace:
+    """How long to sleep between two looks: briefly at first, for what was nearly there, then up to `longest` seconds.
+
+    Whatever the wait, it is noticed at its end at most a third too late, and a long one looks as seldom as it should.
+    """
+
+    def __init__(self, longest: float):
+        self._longest = longest
+        self._next = min(SHORTEST_PAUSE_SECONDS, longest)
+
+    def sleep(self, most: float = math.inf) -> None:
+        """Sleep until it is time to look again, at most `most` seconds."""
+        time.sleep(min(self._next, most))
+        self._next = min(self._next * 4 / 3, self._longest)
 
 
 @contextlib.contextmanager

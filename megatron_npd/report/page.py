@@ -185,9 +185,9 @@ READ_LOSS = (
     "new data, not a fault."
 )
 READ_SCATTER = (
-    "Each point is a sample, further up the harder for the teacher, further right the harder for the student: the "
-    "green band (0 ≤ Δ ≤ τ) is kept, below it the student is unsure of its own words, above it the teacher finds them "
-    "nearly impossible."
+    "Each point is a sample, further up the harder for the teacher, further right the harder for the student: a green "
+    "band (0 ≤ Δ ≤ τ) is what the Δ-IFD filter keeps, below it the student is unsure of its own words, above it the "
+    "teacher finds them nearly impossible."
 )
 READ_HISTOGRAM = (
     "The same samples by Δ-IFD = IFD teacher − IFD student, coloured by what became of them: much mass just outside a "

@@ -315,6 +315,8 @@ def _publishing(records: list[Record]) -> dict[str, Any] | None:
 
 
 def _settings(config: Config, selection: dict[str, Any]) -> dict[str, Any]:
+    rule = selection.get("rule", config.selection.rule)
+    bounds = selection.get("like", selection)  # a random drop is of the size of another rule's
     return {
         "teacher": config.models.teacher,
         "student": config.models.student,
@@ -329,8 +331,9 @@ def _settings(config: Config, selection: dict[str, Any]) -> dict[str, Any]:
         **{f"rounds_{name}": value for name, value in config.rounds.model_dump().items()},
         "max_new_tokens": config.rollout.max_new_tokens,
         "temperature": config.rollout.temperature,
-        "form": selection.get("form", config.selection.form),
-        "tau": selection.get("tau", config.selection.tau),
+        "rule": rule,
+        "form": None if rule == "none" else bounds.get("form", config.selection.form),
+        "tau": None if rule == "none" else bounds.get("tau", config.selection.tau),
         "top_k": config.annotator.top_k,
         "tail": config.training.tail,
         "kd_lambda": config.training.kd_lambda,

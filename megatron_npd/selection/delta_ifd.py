@@ -16,7 +16,7 @@ For a model m, prompt x and response y, with NLLs that are means over the same r
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -30,6 +30,7 @@ IfdForm = Literal["ppl", "loss"]
 class DeltaIfd:
     """The rule of the paper: 0 ≤ Δ-IFD ≤ τ; see `judge`."""
 
+    looks_at_scores: ClassVar[bool] = True
     form: IfdForm
     tau: float
     reject_truncated: bool
@@ -40,7 +41,7 @@ class DeltaIfd:
         )
         return np.logical_or.reduce([applies for _, applies in reasons])
 
-    def judge(self, responses: Responses, nlls: Nlls) -> Judgement:
+    def judge(self, responses: Responses, nlls: Nlls, by_delta: bool = True) -> Judgement:
         return judge(
             nlls.teacher_conditional,
             nlls.teacher_unconditional,
@@ -52,7 +53,7 @@ class DeltaIfd:
             form=self.form,
             tau=self.tau,
             reject_truncated=self.reject_truncated,
-            by_delta=not responses.by_teacher,
+            by_delta=by_delta and not responses.by_teacher,
         )
 
     def describe(self) -> dict[str, Any]:

@@ -23,6 +23,9 @@ class Responses:
     """uint8 [N], `schema.FinishReason`."""
     out_of_vocabulary: np.ndarray
     """bool [N], whether an id is unknown to one of the models."""
+    lots: np.ndarray
+    """uint64 [N], a number for each sample, drawn from the run's seed and the sample's identity: for rules that leave
+    something to chance."""
     by_teacher: bool = False
     """The teacher's own or given ones: no student scores them, and no unconditional pass is made: NaN."""
 
@@ -54,6 +57,10 @@ class Judgement:
 
 class SelectionRule(Protocol):
     """Decides what enters the rollout buffer as training data."""
+
+    looks_at_scores: bool
+    """False: it judges without Δ-IFD, so no unconditional pass is made and the student scores nothing: those NLLs are
+    NaN."""
 
     def needs_no_score(self, responses: Responses) -> np.ndarray:
         """bool [N]: rejected whatever its scores would be, so it is not prefilled."""

@@ -12,17 +12,18 @@ from __future__ import annotations
 
 import numpy as np
 
+from megatron_npd.buffer.plan import lot
 from megatron_npd.buffer.shards import Shard, concatenate_ragged
 from megatron_npd.config import Config
 from megatron_npd.schema import Verdict
-from megatron_npd.selection.rule import Nlls, Responses
-from megatron_npd.selection.rules import rule_of
+from megatron_npd.selection.rule import Nlls, Responses, SelectionRule
 from megatron_npd.teacher.scorer import Annotation, Pair, Scorer
 
 
 def annotate_shard(
     shard: Shard,
     config: Config,
+    rule: SelectionRule,
     teacher: Scorer,
     student: Scorer | None,
     prefix: np.ndarray,
@@ -34,7 +35,8 @@ def annotate_shard(
     `shard` holds the student's logprobs given the prompt, at temperature 1.
 
     `student` None: the teacher's own responses or given ones, where Δ-IFD means nothing; its scores stay NaN and only
-    empty, cut, out-of-vocabulary and non-finite responses are rejected. `vocabulary`: ids below it are in both models.
+    empty, cut, out-of-vocabulary and non-finite responses are rejected. It is not asked either, and nothing is scored
+    without its prompt, if `rule` does not look at scores. `vocabulary`: ids below it are in both models.
     The scores of a response that is empty, cut (where that rejects it) or not in the vocabulary are NaN.
 
     Returns:
@@ -43,8 +45,8 @@ def annotate_shard(
     length, count = config.annotator.pack_length, len(shard)
     unknown = np.array([_has_unknown_id(shard, row, vocabulary) for row in range(count)], dtype=bool)
     content = np.array([_content_length(shard.response(row), end_tokens) for row in range(count)])
-    rule = rule_of(config.selection)
-    known = Responses(content, shard["finish_reason"], unknown, by_teacher=student is None)
+    lots = np.array([_lot(config.seed, shard, row) for row in range(count)], dtype=np.uint64)
+    known = Responses(content, shard["finish_reason"], unknown, lots, by_teacher=student is None)
     scored = ~rule.needs_no_score(known)
     # Passed as empty, what is not scored costs nothing.
     responses = [shard.response(row) if scored[row] else np.zeros(0, np.int32) for row in range(count)]
@@ -55,9 +57,10 @@ def annotate_shard(
         conditional, length, config.annotator.top_k, config.training.kd_temperature
     )
     missing = np.full(count, np.nan)
-    teacher_unconditional = teacher.mean_nll(unconditional, length) if student else missing
     student_conditional = _behaviour_nll(shard, scored) if student else missing
-    student_unconditional = student.mean_nll(unconditional, length) if student else missing
+    compared = student if rule.looks_at_scores else None
+    teacher_unconditional = teacher.mean_nll(unconditional, length) if compared else missing
+    student_unconditional = compared.mean_nll(unconditional, length) if compared else missing
 
     nlls = Nlls(teacher_conditional, teacher_unconditional, student_conditional, student_unconditional)
     judgement = rule.judge(known, nlls)
@@ -73,7 +76,7 @@ def annotate_shard(
         "verdict": judgement.verdict,
         **_topk_columns(annotations, judgement.verdict == Verdict.KEPT, config.annotator.top_k),
     }
-    passes = [conditional] if student is None else [conditional, unconditional, unconditional]
+    passes = [conditional, unconditional, unconditional] if compared else [conditional]
     tokens = sum(len(before) + len(response) - 1 for pairs in passes for before, response in pairs if len(response))
     metadata = {
         **shard.metadata,
@@ -81,6 +84,11 @@ def annotate_shard(
         "selection": rule.describe(),
     }
     return Shard("samples", columns, metadata), tokens
+
+
+def _lot(run_seed: int, shard: Shard, row: int) -> int:
+    stage = str(shard.metadata["stage"])
+    return lot(run_seed, stage, int(shard["prompt_index"][row]), int(shard["sample_index"][row]))
 
 
 def _topk_columns(annotations: list[Annotation | None], kept: np.ndarray, k: int) -> dict[str, np.ndarray]:

@@ -19,6 +19,7 @@ import torch
 from megatron_npd.buffer.leases import lease
 from megatron_npd.buffer.listing import finished_units, is_finished
 from megatron_npd.buffer.plan import Stage
+from megatron_npd.buffer.retention import is_trained
 from megatron_npd.buffer.role_context import RoleContext
 from megatron_npd.buffer.shards import Shard, read_or_quarantine, read_shard, write_shard
 from megatron_npd.config import Config
@@ -37,7 +38,10 @@ from megatron_npd.process.memory import release_unused
 from megatron_npd.roles import ANNOTATOR
 from megatron_npd.run_directory import HELDOUT_STAGE
 from megatron_npd.schema import GIVEN_VERSION, TEACHER_VERSION, Event, Verdict
+from megatron_npd.selection.rule import SelectionRule
+from megatron_npd.selection.rules import rule_of
 from megatron_npd.teacher.annotation import annotate_shard
+from megatron_npd.teacher.earlier_round import deltas_of
 from megatron_npd.teacher.heldout import HeldoutSet
 from megatron_npd.teacher.prefill import PrefillModel
 from megatron_npd.teacher.prefix import unconditional_prefix
@@ -100,6 +104,12 @@ class Annotator:
         self.prefix = np.array(unconditional_prefix(of_student, start_from, config.prompts.format), dtype=np.int32)
         self.end_tokens = eos_token_ids(config.models.student)
         self.heldout: HeldoutSet | None = None
+        self._to_evaluate = set(self.plan.evaluated)
+        """Versions without held-out figures, at the last look."""
+        self._left_behind: set[str] = set()
+        """Stages that are trained on."""
+        self._rule_of_stage: tuple[str, SelectionRule] | None = None
+        """Name of the stage that was annotated last, and the rule for it."""
         self.passed_over: set[Task] = set()
         """Tasks another annotator was working on when this one came by; looked at again when nothing else is left."""
         if self.parallel.rank == 0:
@@ -127,11 +137,13 @@ class Annotator:
             started = time.monotonic()
             version = stage.version_of(unit)
             judged = version not in (TEACHER_VERSION, GIVEN_VERSION)
-            if judged:
+            rule = self._rule(stage)
+            if judged and rule.looks_at_scores:
                 self._use_student(version)
             student = self.student if judged else None
+            ends = frozenset(self.end_tokens)
             samples, tokens = annotate_shard(
-                shard, self.config, self.teacher, student, self.prefix, frozenset(self.end_tokens), self.vocabulary
+                shard, self.config, rule, self.teacher, student, self.prefix, ends, self.vocabulary
             )
             seconds = time.monotonic() - started
         if self.parallel.rank == 0:
@@ -181,20 +193,32 @@ class Annotator:
         free = next((task for task in tasks if task not in self.passed_over), None)
         if free is None:
             self.passed_over.clear()
-        evaluated = all(self.run.evaluation(version).exists() for version in self.plan.evaluated)
-        finished = not tasks and self._all_annotated() and evaluated
+        finished = not tasks and not self._to_evaluate and self._all_annotated()
         return "done" if finished else free
 
     def _open_tasks(self) -> Iterator[Task]:
         """First units, which the trainer may be waiting for, then evaluations."""
-        for stage in self.plan.training_stages:
+        for stage in self._stages_under_way():
             rolled_out = finished_units(self.run, "rollouts", stage)
             for unit in sorted(rolled_out - finished_units(self.run, "samples", stage)):
                 yield Task(stage.name, unit)
-        if self._heldout_is_complete():
-            for version in sorted(self.plan.evaluated.intersection(published_versions(self.run))):
-                if not self.run.evaluation(version).exists():
-                    yield Task(None, version=version)
+        if self._to_evaluate and self._heldout_is_complete():
+            done = {version for version in self._to_evaluate if self.run.evaluation(version).exists()}
+            self._to_evaluate -= done
+            for version in sorted(self._to_evaluate.intersection(published_versions(self.run))):
+                yield Task(None, version=version)
+
+    def _stages_under_way(self) -> Iterator[Stage]:
+        """Stages that may have something to annotate: looked at again and again, so a run of many rounds must not look
+        at all of them. What the trainer has left behind is done for good; a round whose version is to come has not
+        begun."""
+        for stage in self.plan.training_stages:
+            if stage.name in self._left_behind:
+                continue
+            if is_trained(self.run, stage.name):
+                self._left_behind.add(stage.name)
+            elif stage.version == TEACHER_VERSION or self.run.version(stage.version).is_dir():
+                yield stage
 
     def _all_annotated(self) -> bool:
         return all(is_finished(self.run, "samples", stage) for stage in self.plan.training_stages)
@@ -204,6 +228,15 @@ class Annotator:
         path = self.run.unit("rollouts", stage.name, unit)
         good = read_or_quarantine(path, "rollouts") is not None if self.parallel.rank == 0 else None
         return read_shard(path, "rollouts") if broadcast_object(good) else None
+
+    def _rule(self, stage: Stage) -> SelectionRule:
+        """The rule for a stage: a function of the configuration and of the round before, which is finished."""
+        if self._rule_of_stage is None or self._rule_of_stage[0] != stage.name:
+            rounds = [one.name for one in self.plan.round_stages]
+            first = stage.name not in rounds[1:] or not self.config.selection.tau_quantile
+            earlier = None if first else deltas_of(self.run, self.plan.stages[rounds[rounds.index(stage.name) - 1]])
+            self._rule_of_stage = stage.name, rule_of(self.config.selection, earlier)
+        return self._rule_of_stage[1]
 
     def _use_student(self, version: int) -> None:
         """Make the student snapshot that of `version`, verified before it is loaded."""

@@ -33,6 +33,8 @@ SMALL_COLUMNS = ("prompt_index", "sample_index", "policy_version", "verdict", *O
 Wait = Callable[[str, Callable[[], bool | None], float], object]
 """What to wait for, looking whether it is there, and how often to look (seconds); as `process.waiting.wait_for`."""
 
+KEPT = Verdict.KEPT.name.lower()
+
 OPEN_FILES = 64
 """Shards a process holds open at most, of the 1,024 files it commonly may."""
 
@@ -131,18 +133,26 @@ def open_stage(run: RunDirectory, config: Config, stage: Stage, newest_version: 
     """Index of the kept samples of a complete, verified stage.
 
     Raises:
-        UserError: no sample was kept; the reasons are named.
+        UserError: no sample was kept, or of a round less than `selection.least_kept_share`; the reasons are named.
         ValueError: a shard is missing, does not hold the samples of its unit, is of another stage's version, staler
             than `rounds.max_policy_lag`, or annotated for another `training.kd_temperature`; the file is named.
     """
     units = [_open_unit(run, config, stage, unit, newest_version) for unit in range(stage.units)]
     index = StageIndex(_mixed(config, stage, units))
+    own = sum((unit.verdicts for unit in units if not unit.is_given), Counter())
     if not len(index):
-        judged = sum((unit.verdicts for unit in units if not unit.is_given), Counter()) or index.verdicts
-        reasons = ", ".join(f"{count} {name}" for name, count in sorted(judged.items()))
         beside = " beside which given ones could be trained on" if stage.own and stage.given else ""
-        raise UserError(f"{run.root}: {stage.name}: no sample was kept{beside} ({reasons}); see npd inspect --rejected")
+        raise _too_little(run, stage, f"no sample was kept{beside}", own or index.verdicts)
+    least, kept = config.selection.least_kept_share, own[KEPT]
+    if stage.version != TEACHER_VERSION and kept < least * stage.own:
+        rule = f"must be selection.least_kept_share = {least:g} of them at least"
+        raise _too_little(run, stage, f"{kept} of {stage.own} samples were kept, {rule}", own)
     return index
+
+
+def _too_little(run: RunDirectory, stage: Stage, what: str, verdicts: Mapping[str, int]) -> UserError:
+    reasons = ", ".join(f"{count} {name}" for name, count in sorted(verdicts.items()))
+    return UserError(f"{run.root}: {stage.name}: {what} ({reasons}); see npd inspect --rejected")
 
 
 def _mixed(config: Config, stage: Stage, units: list[_Unit]) -> list[_Unit]:

@@ -81,6 +81,8 @@ class Trainer:
         """Stages whose near-policy limit was passed, and that were warned of."""
         self._saved_step = 0
         """Step of the newest checkpoint, current or under way; starting over is as good as one of step 0."""
+        self._saved_stages: list[str] = []
+        """Stages that are finished by that checkpoint."""
         self.position = self._resume()
         training = config.training
         self.checkpointer = Checkpointer(
@@ -134,7 +136,8 @@ class Trainer:
                 leave_if_asked(self.parallel)
         samples.close()
         self.position.leave()
-        self._checkpoint()
+        if self._ends_with_checkpoint(stage):
+            self._checkpoint()
 
     def publish(self, version: int) -> None:
         """Begin to publish the weights as they are, unless that version exists (a restart, or an early refresh)."""
@@ -206,7 +209,7 @@ class Trainer:
             used_positions=sum(samples.positions(items) for items in step.packs),
             imbalance=imbalance([costs.of_rank(share) for share in shares]),
             flops=sum(costs.useful(items) for items in step.packs) + self.costs.head * sums.tokens,
-            policy_lag=None if stage.version == TEACHER_VERSION else self.newest_version - stage.version,
+            policy_lag=None if stage.version == TEACHER_VERSION else self._newest_during(stage) - stage.version,
         )
         self.context.log(
             Event.STEP, self.position.step, stage=stage.name, epoch=step.epoch, seconds=seconds, **report.metrics()
@@ -236,7 +239,7 @@ class Trainer:
         # The stage may be hours away, or be sampled by the version being published: finish publishing and saving first.
         self._settle()
         wait_for_stage(self.run, self.config, stage, functools.partial(wait_together, self.parallel))
-        return open_stage(self.run, self.config, stage, self.newest_version)
+        return open_stage(self.run, self.config, stage, self._version)
 
     def _plan_steps(self, stage: Stage, samples: StageIndex) -> list[Step]:
         return plan_steps(
@@ -260,9 +263,24 @@ class Trainer:
             raise UserError(f"{checkpoint}: belongs to another configuration; use another run_directory")
         load_checkpoint(checkpoint, self.student.trainable)
         position = Position.from_state(state["progress"])
-        self._saved_step = position.step
+        self._saved_step, self._saved_stages = position.step, list(position.finished)
         logger.info("resumed from %s: %s", checkpoint, position)
         return position
+
+    @property
+    def _version(self) -> int:
+        """Where the weights stood when the stages that are finished were: published versions may be ahead of that, when
+        a restart trains on samples again."""
+        return max((self.plan.stages[name].publishes for name in self.position.finished), default=0)
+
+    def _newest_during(self, stage: Stage) -> int:
+        """The newest version while a stage is trained on."""
+        return min(self.newest_version, stage.publishes)
+
+    def _ends_with_checkpoint(self, stage: Stage) -> bool:
+        rounds = stage.version - self.plan.first_round_version + 1  # up to this one
+        every = self.config.training.checkpoint_rounds
+        return stage.name == WARMUP_STAGE or rounds == self.config.rounds.count or rounds % every == 0
 
     def _checkpoint_if_due(self) -> None:
         interval = self.config.training.checkpoint_interval
@@ -279,7 +297,7 @@ class Trainer:
         with doing(f"saving a checkpoint of step {self.position.step}"), self._turn():
             started = time.monotonic()
             self.checkpointer.save(self.position.step, state)
-        self._saved_step = self.position.step
+        self._saved_step, self._saved_stages = self.position.step, list(self.position.finished)
         self.context.log(Event.CHECKPOINT, seconds=time.monotonic() - started)
 
     def _save_and_leave(self, request: stopping.Stopped) -> None:
@@ -299,7 +317,7 @@ class Trainer:
             self.publisher.wait()
             self.checkpointer.wait()
         if self.parallel.rank == 0:
-            retire_stages(self.run, self.plan, self.position.finished, self.config.buffer.keep_rounds)
+            retire_stages(self.run, self.plan, self._saved_stages, self.config.buffer.keep_rounds)
         release_unused()
         record = self.context.memory.record()
         largest = greatest(record.values(), self.parallel)

@@ -150,7 +150,7 @@ def test_with_turns_each_starts_when_there_is_something_to_do() -> None:
         update={name: getattr(base, name).model_copy(update={"start_seconds": 1.0}) for name in names}
     )
     warmup = StageWork("warmup", TEACHER_VERSION, [10, 10], 1.0, [1], 1, 1)
-    whole = replace(work(units=2, rounds=1), final_version=2)
+    whole = replace(work(units=2, rounds=2), final_version=2)
     stages = [whole.stages[0], warmup, replace(whole.stages[1], version=1, publishes=2)]
     timeline = simulate(replace(whole, stages=stages), slow, Workers(turns=True, teacher_sidecars=1))
     starts = {(span.role, span.worker): span.begin for span in timeline.spans if span.what == "start"}

@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import torch
+from ranks import STACKS, wait_for_ranks
 from safetensors.torch import load_file
 
 WORKER = Path(__file__).with_name("megatron_worker.py")
@@ -44,35 +46,36 @@ def train_all(jobs: dict[str, dict[str, Any]], checkpoint: Path, out: Path, worl
 
 def run_ranks(command: list[str], world_size: int, rendezvous: Path) -> None:
     """Run one process a rank to its end."""
-    ranks = start_ranks(command, world_size, rendezvous)
-    try:
-        logs = [rank.communicate(timeout=TIMEOUT_SECONDS)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert all(rank.returncode == 0 for rank in ranks), "\n".join(log[-6000:] for log in logs)
+    with tempfile.TemporaryDirectory() as folder:
+        ranks, logs = [], [Path(folder) / f"rank{rank}.log" for rank in range(world_size)]
+        for rank, path in enumerate(logs):
+            with open(path, "w") as log:
+                ranks.append(_start_rank(command, rank, world_size, rendezvous, log))
+        wait_for_ranks(ranks, logs, TIMEOUT_SECONDS)
 
 
 def start_ranks(
     command: list[str], world_size: int, rendezvous: Path, output: IO[str] | int = subprocess.PIPE
 ) -> list[subprocess.Popen[str]]:
     """Start one process a rank; their output is to be read by the caller, unless it is given a file."""
-    common = os.environ | {
-        "WORLD_SIZE": str(world_size),
-        "NPD_RENDEZVOUS": str(rendezvous),
-        "GLOO_SOCKET_IFNAME": "lo",
-        "OMP_NUM_THREADS": "1",
-    }
-    return [
-        subprocess.Popen(
-            command,
-            env=common | {"RANK": str(rank)},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world_size)
-    ]
+    return [_start_rank(command, rank, world_size, rendezvous, output) for rank in range(world_size)]
+
+
+def _start_rank(
+    command: list[str], rank: int, world_size: int, rendezvous: Path, output: IO[str] | int
+) -> subprocess.Popen[str]:
+    environment = (
+        os.environ
+        | STACKS
+        | {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "NPD_RENDEZVOUS": str(rendezvous),
+            "GLOO_SOCKET_IFNAME": "lo",
+            "OMP_NUM_THREADS": "1",
+        }
+    )
+    return subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT, text=True)
 
 
 def assert_same_training(ours: Outcome, reference: Outcome, relative: float = 1e-5) -> None:

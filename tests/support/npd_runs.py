@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from ranks import STACKS, wait_for_ranks
+
 from megatron_npd.config import Config, load_config
 from megatron_npd.files import read_json
 from megatron_npd.run_directory import RunDirectory
@@ -42,20 +44,21 @@ def assert_same_versions(original: RunDirectory, copy: RunDirectory) -> None:
 
 def run_trainer(config: Config, run: RunDirectory, *flags: str) -> None:
     """Every trainer rank as the supervisor starts it, without any other role."""
-    ranks = []
+    ranks, logs = [], []
     for rank in range(config.training.world_size):
-        environment = os.environ | {
-            "RANK": str(rank),
-            "WORLD_SIZE": str(config.training.world_size),
-            "NPD_RENDEZVOUS": str(run.root / "rendezvous"),
-            "GLOO_SOCKET_IFNAME": "lo",
-            "OMP_NUM_THREADS": str(config.training.threads),
-        }
+        environment = (
+            os.environ
+            | STACKS
+            | {
+                "RANK": str(rank),
+                "WORLD_SIZE": str(config.training.world_size),
+                "NPD_RENDEZVOUS": str(run.root / "rendezvous"),
+                "GLOO_SOCKET_IFNAME": "lo",
+                "OMP_NUM_THREADS": str(config.training.threads),
+            }
+        )
         command = [sys.executable, *flags, "-m", "megatron_npd.cli", "trainer", str(run.config)]
-        ranks.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-    try:
-        logs = [rank.communicate(timeout=300)[1] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert all(rank.returncode == 0 for rank in ranks), "\n".join(logs)[-6000:]
+        logs.append(run.root / f"trainer.rank{rank}.log")
+        with open(logs[-1], "w") as log:
+            ranks.append(subprocess.Popen(command, env=environment, stderr=log, text=True))
+    wait_for_ranks(ranks, logs, seconds=300)

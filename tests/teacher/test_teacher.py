@@ -18,6 +18,7 @@ from megatron_npd.distributed.parallel import Parallel
 from megatron_npd.errors import UserError
 from megatron_npd.mcore.model import ModelOptions
 from megatron_npd.schema import FinishReason, Verdict
+from megatron_npd.selection.rules import rule_of
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +127,7 @@ def make_rollouts(pairs: list[tuple[np.ndarray, np.ndarray]], reasons: list[Fini
             "response_offsets": response_offsets,
             "behaviour_logprobs": np.concatenate([behaviour_logprobs(sampled_by, *pair) for pair in pairs]),
         },
-        {},
+        {"stage": "round_0000"},
     )
 
 
@@ -149,8 +150,9 @@ def test_annotation_judges_and_annotates_what_is_kept(models: dict, folders: dic
     reasons[2] = FinishReason.LENGTH
     shard = make_rollouts(pairs, reasons, folders["student"])
     samples, tokens = annotate_shard(
-        shard, config, models["teacher"], models["student"], prefix, frozenset({EOS}), VOCAB_SIZE
-    )
+        shard, config, rule_of(config.selection), models["teacher"], models["student"], prefix, frozenset({EOS}),
+        VOCAB_SIZE,
+    )  # fmt: skip
     write_shard(tmp_path / "samples.safetensors", samples)
     samples = read_shard(tmp_path / "samples.safetensors", "samples")
     assert samples["verdict"][:3].tolist() == [Verdict.EMPTY, Verdict.OUT_OF_VOCABULARY, Verdict.TRUNCATED]
@@ -175,6 +177,30 @@ def test_annotation_judges_and_annotates_what_is_kept(models: dict, folders: dic
     assert tokens == once + 2 * twice, "the student given the prompt is not prefilled: the sidecar's logprobs say it"
 
 
+def test_without_a_filter_nothing_is_prefilled_but_what_the_loss_needs(
+    models: dict, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    from megatron_npd.teacher.annotation import annotate_shard
+
+    config, prefix, pairs = make_config(folders, tmp_path), np.array([1], np.int32), pairs_of(6)
+    shard = make_rollouts(pairs, [FinishReason.STOP] * 6, folders["student"])
+    plain = config.selection.model_copy(update={"rule": "none"})
+    annotated = {
+        name: annotate_shard(
+            shard, config, rule_of(rule), models["teacher"], models["student"], prefix, frozenset({EOS}), VOCAB_SIZE
+        )
+        for name, rule in {"filtered": config.selection, "plain": plain}.items()
+    }
+    samples, tokens = annotated["plain"]
+    usable = np.array([len(response) > 1 for _, response in pairs])
+    np.testing.assert_array_equal(samples["verdict"] == Verdict.KEPT, usable)
+    assert tokens == sum(len(p) + len(r) - 1 for (p, r), is_scored in zip(pairs, usable, strict=True) if is_scored)
+    for name in ("nll_teacher_unconditional", "nll_student_unconditional", "delta_ifd"):
+        assert np.isnan(samples[name]).all()
+    for name in ("nll_teacher_conditional", "nll_student_conditional"):
+        np.testing.assert_array_equal(samples[name], annotated["filtered"][0][name])
+
+
 def test_teacher_equal_to_student_gives_zero_delta(models: dict, folders: dict[str, Path], tmp_path: Path) -> None:
     from megatron_npd.teacher.annotation import annotate_shard
     from megatron_npd.teacher.heldout import HeldoutSet
@@ -182,7 +208,16 @@ def test_teacher_equal_to_student_gives_zero_delta(models: dict, folders: dict[s
     teacher, pairs = models["teacher"], pairs_of(6)
     shard = make_rollouts(pairs, [FinishReason.STOP] * 6, folders["teacher"])
     config = make_config(folders, tmp_path)
-    samples, _ = annotate_shard(shard, config, teacher, teacher, np.array([1], np.int32), frozenset({EOS}), VOCAB_SIZE)
+    samples, _ = annotate_shard(
+        shard,
+        config,
+        rule_of(config.selection),
+        teacher,
+        teacher,
+        np.array([1], np.int32),
+        frozenset({EOS}),
+        VOCAB_SIZE,
+    )
     scored = samples["verdict"] != Verdict.EMPTY
     np.testing.assert_allclose(samples["delta_ifd"][scored], 0, atol=1e-5)
     figures = HeldoutSet(teacher, pairs, 64, 0).evaluate(teacher)
@@ -251,6 +286,8 @@ def test_cut_responses_are_scored_where_that_may_keep_them(
     keeping = config.model_copy(update={"selection": config.selection.model_copy(update={"reject_truncated": False})})
     prefix, ends = np.array([1], np.int32), frozenset({EOS})
     for used, is_scored in ((config, False), (keeping, True)):
-        samples, tokens = annotate_shard(shard, used, models["teacher"], models["student"], prefix, ends, VOCAB_SIZE)
+        samples, tokens = annotate_shard(
+            shard, used, rule_of(used.selection), models["teacher"], models["student"], prefix, ends, VOCAB_SIZE
+        )
         assert np.isfinite(samples["delta_ifd"]).all() == is_scored and (tokens > 0) == is_scored
         assert (samples["verdict"] == Verdict.TRUNCATED).all() != is_scored

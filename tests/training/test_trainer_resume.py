@@ -155,6 +155,32 @@ def stopped(run: RunDirectory, number: signal.Signals, rank: int, when: Callable
     return steps_done(run)
 
 
+def test_rounds_without_a_checkpoint_are_trained_on_again(
+    prepared: RunDirectory, uninterrupted: RunDirectory, tmp_path: Path
+) -> None:
+    """Killed in the last round, two versions after its newest checkpoint: their samples are not stale, and the versions
+    stay what they are."""
+    seldom = TP2_SP | {"checkpoint_interval": 0, "checkpoint_rounds": 5}
+    run = copy_of(prepared, tmp_path / "run")
+    ranks = start_ranks([sys.executable, str(SLOW_TRAINER), "0.1", *command(run, seldom)[3:]], 2, tmp_path / "meet")
+    last_round = len([record for record in step_records(uninterrupted) if record["stage"] != "round_0001"])
+    try:
+        deadline = time.monotonic() + 300
+        while steps_done(run) < last_round + 1:
+            assert time.monotonic() < deadline and all(rank.poll() is None for rank in ranks)
+            time.sleep(0.01)
+    finally:
+        for rank in ranks:
+            rank.kill()
+        for rank in ranks:
+            rank.communicate()
+    current = run.checkpoints / (run.checkpoints / "latest.txt").read_text().strip()
+    assert read_json(current / "run_state.json")["run"]["progress"]["finished"] == ["warmup"]
+    assert 2 in published_versions(run)
+    run_ranks(command(run, seldom), 2, run.root / "rendezvous")
+    assert_same_versions(uninterrupted, run)
+
+
 def test_killed_while_a_version_is_written(prepared: RunDirectory, uninterrupted: RunDirectory, tmp_path: Path) -> None:
     """No checkpoint is past the lost version, so a restart publishes it, bit-identical."""
     run = copy_of(prepared, tmp_path / "run")

@@ -1,0 +1,126 @@
+"""The runs: which arms there are, what each changes of base.toml, and on which prompt sets it is run.
+
+All arms of a setting start from one warmed-up student of their prompt set and train for as many epochs over as many
+prompts, so with as many steps and tokens. They differ in whose answers they see, and how often these are new.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+EPOCHS = 44
+"""Of all arms, over a set's 400 prompts: divisible by 1, 2, 4 and 11 rounds."""
+STRICT_PROMPTS = 40
+"""Prompts of a strictly on-policy round: as many as a pack, which is one step, takes of them."""
+STEPS_A_PASS = 10
+"""Rounds of so many prompts that a set has."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the arms that are compared with each other have in common."""
+
+    name: str
+    says: str
+    teacher: str = "teacher"
+    warmup_epochs: int = 24
+    sets: tuple[int, ...] = tuple(range(1, 9))
+    """Prompt sets, fixed beforehand; an arm may take the first few."""
+    keys: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One kind of run."""
+
+    name: str
+    says: str
+    keys: dict[str, Any]
+    prompts: str = "train"
+    """File of the set: train, varied or corrupted."""
+    sets: int = 8
+    """On so many of the setting's prompt sets."""
+    refreshes: int | None = None
+    """How often the student's answers were sampled anew; None: they are not the student's."""
+
+
+def offline(kd_lambda: float, epochs: int = EPOCHS) -> dict[str, Any]:
+    """Training on given responses alone."""
+    return {
+        "rounds.count": 0,
+        "warmup.source": "data",
+        "warmup.epochs": epochs,
+        "warmup.lr": 2e-3,
+        "warmup.kd_lambda": kd_lambda,
+    }
+
+
+def rounds(count: int, **more: Any) -> dict[str, Any]:
+    """Rounds over all prompts of the set."""
+    return {"rounds.count": count, "rounds.epochs_per_round": EPOCHS // count} | more
+
+
+def filtered(rule: str) -> dict[str, Any]:
+    """Four rounds with a filter; the first takes tau, the others keep 80 % of the learnable samples."""
+    return rounds(4) | {"selection.rule": rule, "selection.tau": FIRST_TAU, "selection.tau_quantile": 0.8}
+
+
+FIRST_TAU = 1.0
+WARM = Arm("warm", "the warmed-up student that the others start from", {})
+SFT = Arm("sft", "supervised fine-tuning on the teacher's answers", offline(0.0))
+KD = Arm("kd", "offline distillation on the teacher's answers", offline(0.9))
+ONE_REFRESH = Arm("refresh_1", "its own answers, 1 refresh", rounds(2), refreshes=1)
+THREE = Arm("refresh_3", "its own answers, 3 refreshes", rounds(4), refreshes=3)
+TEN = Arm("refresh_10", "its own answers, 10 refreshes", rounds(11), refreshes=10)
+STRICT = Arm(
+    "strict",
+    "strictly on-policy: new answers for every step",
+    {
+        "rounds.count": EPOCHS * STEPS_A_PASS,
+        "rounds.prompts_per_round": STRICT_PROMPTS,
+        "rounds.epochs_per_round": 1,
+        "rollout.samples_per_unit": STRICT_PROMPTS,
+        "training.checkpoint_rounds": 50,
+        "training.sequence_length": 1280,
+    },
+    sets=2,
+    refreshes=EPOCHS * STEPS_A_PASS - 1,
+)
+FILTER = Arm("filter", "3 refreshes, filtered by Δ-IFD", filtered("delta_ifd"), refreshes=3)
+RANDOM = Arm("random", "3 refreshes, as many dropped at random", filtered("random"), refreshes=3)
+ARMS = [
+    SFT,
+    KD,
+    Arm("refresh_0", "its own answers, sampled once", rounds(1), refreshes=0),
+    ONE_REFRESH,
+    THREE,
+    TEN,
+    STRICT,
+    FILTER,
+    RANDOM,
+    Arm("varied", "the teacher's answers at temperature 1.5, four to a question", offline(0.9, 11), prompts="varied"),
+    Arm(
+        "corrupted", "right answers with 10 % wrong numbers, four to a question", offline(0.9, 11), prompts="corrupted"
+    ),
+]
+FILTER_ARMS = [THREE, FILTER, RANDOM]
+SIX = tuple(range(1, 7))
+PLAN: list[tuple[Setting, list[Arm]]] = [
+    (Setting("certain", "a teacher that is always right"), ARMS),
+    (
+        Setting("uncertain", "a teacher that is right on about 95 %", teacher="uncertain", sets=SIX),
+        [SFT, KD, *FILTER_ARMS],
+    ),
+    (Setting("hot", "answers sampled at temperature 1.6", sets=SIX, keys={"rollout.temperature": 1.6}), FILTER_ARMS),
+    (Setting("weak", "half the warm-up", warmup_epochs=12, sets=SIX), [SFT, *FILTER_ARMS]),
+]
+"""Everything, most wanted first."""
+QUICK: list[tuple[Setting, list[Arm]]] = [
+    (Setting("certain", "a teacher that is always right", sets=(1, 2)), [SFT, ONE_REFRESH, TEN])
+]
+
+
+def warmup(setting: Setting) -> dict[str, Any]:
+    """The run that makes a setting's warmed-up student of a set."""
+    return offline(0.0, setting.warmup_epochs) | {"warmup.lr": 3e-3}
