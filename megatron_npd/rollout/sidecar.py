@@ -153,7 +153,12 @@ def _run_student(sidecar: Sidecar) -> None:
 def _serve_version(
     sidecar: Sidecar, examiner: Examiner, engine: RolloutEngine | None, version: int
 ) -> RolloutEngine | None:
-    """All that is to be done with a version and that nobody else does; the engine, once there is one."""
+    """All that is to be done with a version and that nobody else does; the engine, once there is one.
+
+    What comes back of an older version than it serves (a corrupt shard) is left: an engine only moves on.
+    """
+    if engine and engine.version > version:
+        return engine
     for stage in (stage for stage in sidecar.context.plan.round_stages if stage.version == version):
         if not sidecar.undone(stage):
             logger.info("%s is complete already", stage.name)
@@ -164,7 +169,7 @@ def _serve_version(
         engine = engine or _start_on_published(sidecar, version)
         _reach_version(sidecar, engine, version)
         generate(sidecar, engine, [stage])
-    if examiner.wants(version) and (engine is None or engine.version <= version):
+    if examiner.wants(version):
         engine = engine or _start_on_published(sidecar, version)
         _reach_version(sidecar, engine, version)
         examiner.examine(engine)
