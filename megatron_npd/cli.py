@@ -235,8 +235,6 @@ def _evaluate(arguments: Arguments) -> int:
     from megatron_npd.supervise.role_work import role_environment
 
     place = place_of_subjects(Path(arguments.place), arguments.version, arguments.teacher, arguments.set)
-    for name, value in role_environment(place.config, ROLLOUT).items():
-        os.environ.setdefault(name, value)
     device.settle()
     output = Path(arguments.output) if arguments.output else None
 
@@ -249,6 +247,8 @@ def _evaluate(arguments: Arguments) -> int:
         from megatron_npd.evaluate.by_harness import evaluate_by_harness
 
         return evaluate_by_harness(place, arguments.lm_eval, arguments.problems or 0, output, say)
+    for name, value in role_environment(place.config, ROLLOUT).items():
+        os.environ.setdefault(name, value)
     from megatron_npd.evaluate.by_tasks import evaluate_by_tasks, evaluations_asked
 
     keys = {name: getattr(arguments, name) for name in ("path", "problems", "max_new_tokens")}

@@ -74,7 +74,7 @@ class EvaluationConfig(Section):
 
 
 class ExportConfig(Section):
-    """Which version `student_hf/` holds."""
+    """Which version `student_hf/` holds; decided once, when the training is over and the scores are there."""
 
     version: Literal["last", "best"] = "last"
     """last: the finished student; best: the one with the best score, of those with the same the later."""

@@ -101,12 +101,17 @@ class ByTasks:
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
-        models = self.place.config.models
-        return load_tokenizer(Path(models.student), trust_remote_code=models.trust_remote_code)
+        return load_tokenizer(self._whose, trust_remote_code=self.place.config.models.trust_remote_code)
 
     @property
     def _stop_ids(self) -> list[int]:
-        return eos_token_ids(self.place.config.models.student)
+        return eos_token_ids(self._whose)
+
+    @property
+    def _whose(self) -> Path:
+        """The checkpoint whose tokenizer and end tokens count: a teacher may have more of both than its student."""
+        models, subject = self.place.config.models, self.place.subjects[0]
+        return subject.folder if subject.version == TEACHER_VERSION else Path(models.student)
 
     def _kept_in(self, evaluation: EvaluationConfig, subject: Subject) -> Path | None:
         """Where a run keeps this result: of what it asks itself."""

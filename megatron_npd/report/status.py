@@ -53,15 +53,16 @@ def status(run_dir: str | Path) -> dict[str, Any]:
         raise UserError(f"{run_dir}: not a run directory: it has no {run.config.name}")
     config, now, point = load_config(run.config), _now(run), resume_point(run)
     processes = [_process(sign, now) for sign in read_signs(run)]
-    finished = run.student.is_dir()
-    idle = "finished" if finished else "stopped"
+    has_student, evaluations = run.student.is_dir(), _evaluations(run, config)
+    answered = all(len(one["answered"]) == len(one["versions"]) for one in evaluations)
+    idle = "finished" if has_student and answered else "stopped"
     return {
         "run": str(run.root),
         "state": "running" if any(process["alive"] for process in processes) else idle,
-        "student": str(run.student) if finished else None,
+        "student": str(run.student) if has_student else None,
         "processes": processes,
         "stages": _stages(run, config, point, now),
-        "evaluations": _evaluations(run, config),
+        "evaluations": evaluations,
         "versions": published_versions(run),
         "checkpoint": point and _checkpoint(point, now),
         TRAINER: _last_step(run),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from megatron_npd.buffer.evaluations import Exam, is_answered, is_taken, open_exams, taking
+from megatron_npd.buffer.evaluations import Exam, exams_of, is_answered, is_taken, open_exams, taking
 from megatron_npd.buffer.role_context import RoleContext
 from megatron_npd.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_npd.process.memory import release_unused
@@ -32,26 +32,29 @@ class Examiner:
     def wants(self, version: int) -> bool:
         """Whether a version has something to answer that nobody is at."""
         run, config = self._context.run, self._context.config
-        return any(exam.version == version and not is_taken(run, config, exam) for exam in self.left())
+        return any(not is_taken(run, config, exam) for exam in self._left_of(version))
 
     def examine(self, engine: RolloutEngine) -> None:
         """Ask the version that is served, one evaluation after another."""
         run, config = self._context.run, self._context.config
-        for exam in self.left():
-            if exam.version != engine.version:
-                continue
+        for exam in self._left_of(engine.version):
             with taking(run, config, exam) as is_ours:
                 if is_ours:
                     self._examine(engine, exam)
 
-    def wait_for_others(self) -> None:
-        """Return when an evaluation that others are at has its result, or when nobody is at it any more."""
-        run, config, left = self._context.run, self._context.config, self.left()
+    def wait_for_others(self, left: list[Exam]) -> None:
+        """Return when one of these, which others are at, has its result, or when nobody is at it any more."""
+        run, config = self._context.run, self._context.config
         wait_for(
             "other workers to finish evaluations",
             lambda: any(is_answered(run, exam) or not is_taken(run, config, exam) for exam in left) or None,
             config.launch.poll_seconds,
         )
+
+    def _left_of(self, version: int) -> list[Exam]:
+        """Of one version alone: a run may have thousands."""
+        of_version = (exam for exam in exams_of(self._context.plan) if exam.version == version)
+        return [exam for exam in of_version if not is_answered(self._context.run, exam)]
 
     def _examine(self, engine: RolloutEngine, exam: Exam) -> None:
         run, config = self._context.run, self._context.config

@@ -141,19 +141,24 @@ def _run_student(sidecar: Sidecar) -> None:
     while True:
         for version in sorted({*sidecar.context.plan.round_versions, *(exam.version for exam in examiner.left())}):
             engine = _serve_version(sidecar, examiner, engine, version)
-        if not (left := examiner.left()):
+        left = examiner.left()
+        ahead = [exam for exam in left if engine is None or exam.version >= engine.version]
+        if not ahead:
+            if left:  # who was at it is at it still, or has died; and an engine only moves on
+                logger.info("%s is left to others, or to a sidecar that is started anew", left[0])
             return
-        if engine and left[0].version < engine.version:
-            # Whoever was at it has died, and an engine only moves on.
-            logger.info("%s is left: it takes a sidecar that is started anew", left[0])
-            return
-        examiner.wait_for_others()
+        examiner.wait_for_others(ahead)
 
 
 def _serve_version(
     sidecar: Sidecar, examiner: Examiner, engine: RolloutEngine | None, version: int
 ) -> RolloutEngine | None:
-    """All that is to be done with a version and that nobody else does; the engine, once there is one."""
+    """All that is to be done with a version and that nobody else does; the engine, once there is one.
+
+    What comes back of an older version than it serves (a corrupt shard) is left: an engine only moves on.
+    """
+    if engine and engine.version > version:
+        return engine
     for stage in (stage for stage in sidecar.context.plan.round_stages if stage.version == version):
         if not sidecar.undone(stage):
             logger.info("%s is complete already", stage.name)
@@ -164,7 +169,7 @@ def _serve_version(
         engine = engine or _start_on_published(sidecar, version)
         _reach_version(sidecar, engine, version)
         generate(sidecar, engine, [stage])
-    if examiner.wants(version) and (engine is None or engine.version <= version):
+    if examiner.wants(version):
         engine = engine or _start_on_published(sidecar, version)
         _reach_version(sidecar, engine, version)
         examiner.examine(engine)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def definition_of(folder: Path) -> dict[str, Any] | None:
 
 def save_problems(folder: Path, definition: dict[str, Any], problems: list[Problem], prompts: PromptPart) -> None:
     """Write a folder of problems, in place of what is there."""
-    (folder / DEFINITION).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
     write_prompt_set(folder, [prompts])
     lines = ({"name": one.name, "prompt": one.question, "reference": one.reference} for one in problems)
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
