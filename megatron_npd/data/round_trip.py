@@ -64,7 +64,8 @@ def changed(tokenizer: Tokenizer, text: str) -> Change | None:
     becomes = _there_and_back(tokenizer, text)
     if becomes == text:
         return None
-    unknown = "".join(character for character in dict.fromkeys(text) if _is_unknown(tokenizer, character))
+    lacking = "".join(word for word in text.split() if _has_unknown(tokenizer, word))
+    unknown = "".join(character for character in dict.fromkeys(lacking) if _has_unknown(tokenizer, character))
     known = "".join(character for character in text if character not in unknown)
     if strange := [word for word in known.split() if _has_unknown(tokenizer, word)]:
         known = " ".join(word for word in known.split() if word not in strange)
@@ -80,12 +81,9 @@ def _there_and_back(tokenizer: Tokenizer, text: str) -> str:
     return tokenizer.decode(tokenizer.text_ids(text))
 
 
-def _is_unknown(tokenizer: Tokenizer, character: str) -> bool:
-    """Whether a character has no token and becomes the unknown one, which is seen; blanks and line ends must not."""
-    return character not in " \n" and _has_unknown(tokenizer, character)
-
-
 def _has_unknown(tokenizer: Tokenizer, text: str) -> bool:
+    """Whether something in a text has no token and becomes the unknown one, which is seen. Not to be asked of blanks
+    and line ends: those must not be unknown."""
     return tokenizer.unk_token_id in tokenizer.text_ids(text)
 
 
