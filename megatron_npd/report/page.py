@@ -61,7 +61,7 @@ def render_report(summary: dict[str, Any], records: list[Record], scores: Scores
         sections = "".join(_section(*plot) for plot in plots)
     body = _headline(summary) + _round_table(summary) + _evaluation_table(asked) + sections + _details(summary)
     title = escape(f"Near-policy distillation: {summary.get('run', 'run')}")
-    write_atomically(path, PAGE.replace("{title}", title).replace("{body}", body).encode())
+    write_atomically(path, _filled(title, body).encode())
 
 
 def _section(title: str, how_to_read: str, figure: Figure | None) -> str:
@@ -157,6 +157,10 @@ def _details(summary: dict[str, Any]) -> str:
     return f"<details><summary>Speed, settings and versions</summary>{_table([], rows)}</details>"
 
 
+def _filled(title: str, body: str) -> str:
+    return PAGE.replace("{title}", title).replace("{body}", body).replace("{next}", escape(READ_NEXT))
+
+
 def _table(head: list[str], rows: list[list[Any]]) -> str:
     def line(cells: list[Any], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{escape(_figure(cell, ''))}</{tag}>" for cell in cells) + "</tr>"
@@ -201,6 +205,11 @@ READ_DRIFT = (
     "KL(current student ‖ the snapshot that sampled the data), estimated at each step of the rounds: it should fall "
     "back at every refresh and stay below the dashed limit."
 )
+READ_NEXT = (
+    "What to read next: whether it pays. examples/does_it_pay/ in the checkout runs the baselines (fine-tuning, "
+    "offline and strictly on-policy distillation, other filters) with this system on a task that takes minutes; its "
+    "RESULTS.md and docs/results.md have the figures, with intervals."
+)
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title><style>
@@ -212,11 +221,12 @@ section, .table, details { margin-top: 1rem; } section p { color: #475467; margi
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(195px, 1fr)); gap: .75rem; }
 .card span, .card small { color: #667085; display: block; font-size: .82rem; } .card strong { font-size: 1.2rem; }
 .plot, .table { overflow-x: auto; } .plot img { display: block; width: 100%; min-width: 560px; }
+footer { margin: 1.5rem 0; color: #475467; }
 .absent { font-style: italic; } table { border-collapse: collapse; font-size: .88rem; } details .table { border: 0; }
 td, th { padding: .25rem .8rem .25rem 0; text-align: right; white-space: nowrap; }
 td:first-child, th:first-child { text-align: left; }
 th { color: #667085; font-weight: 600; }
 details td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 </style></head><body><h1>{title}</h1>
-{body}</body></html>
+{body}<footer>{next}</footer></body></html>
 """

@@ -296,6 +296,7 @@ def test_the_page_is_whole_and_escaped(finished: tuple[RunDirectory, Config]) ->
     assert page.count("data:image/svg+xml;base64,") == 6 and "Nothing to draw" not in page
     assert "<script" not in page and "run <b>" not in page and "run &lt;b&gt;" in page
     assert "http" not in page, "self-contained"
+    assert "examples/does_it_pay/" in page[page.index("<footer>") :], "what to read next"
     assert "1.0 s, of which training stood still 1.0 s" in page
     assert "4.000 → 2.000 → 1.000" in page and "75.0% less" in page
 
