@@ -33,6 +33,9 @@ logger = logging.getLogger(__name__)
 DTYPES = {"F64": "float64", "F32": "float32", "I64": "int64", "I32": "int32", "U8": "uint8"}
 """safetensors' names of the dtypes that `schema.COLUMNS` uses."""
 
+SMALL_BYTES = 2**20
+"""A file of so many bytes is read at once: a training step reads hundreds of rows, six columns of each."""
+
 Placed = tuple[np.dtype, tuple[int, ...], int]
 """dtype, shape, and offset in the file of a column."""
 
@@ -132,6 +135,7 @@ class ShardFile:
         except OSError as error:
             raise CorruptShardError(f"{path}: cannot be opened ({error.strerror})") from None
         self._identity = _identity(os.fstat(self._file.fileno()))
+        self._whole: bytes | None = None
         try:
             header, self._columns = self._read_header()
             self.checksum: str = header.pop("xxh3")
@@ -183,6 +187,13 @@ class ShardFile:
         return json.loads(header.metadata["npd"]), columns
 
     def _read(self, offset: int, size: int) -> bytearray:
+        if self._whole is None and self._identity[1] <= SMALL_BYTES:
+            self._whole = bytes(self._read_part(0, self._identity[1]))
+        if self._whole is not None:
+            return bytearray(self._whole[offset : offset + size])
+        return self._read_part(offset, size)
+
+    def _read_part(self, offset: int, size: int) -> bytearray:
         content = bytearray()
         while len(content) < size:
             try:

@@ -2,14 +2,15 @@
 
     te            Transformer Engine's DotProductAttention (GPU, 16-bit, compute capability 9.0 or higher)
     torch_varlen  torch's own variable-length flash attention (GPU, 16-bit, torch >= 2.11)
-    reference     torch's scaled_dot_product_attention, sequence by sequence (any device, any dtype)
+    reference     torch's scaled_dot_product_attention, sequence by sequence, short ones at once in float32 on a CPU
+                  (any device, any dtype)
 
 `choose_backend` picks the first that can run here and names it in the log; a forced backend that cannot run is
 an error, never replaced. Under context parallelism Transformer Engine passes keys around in a ring; the other two
 gather keys and values over the ranks and attend to what each local query may see (`mcore.packed`).
 
 Legend: T this rank's tokens, U tokens of all context-parallel ranks, H local query heads, G local key-value heads,
-D head dimension.
+D head dimension, B sequences that are computed together, W their padded length.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import logging
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -32,7 +34,9 @@ from megatron_npd.mcore.packed import LocalSequences, PackedSequences
 logger = logging.getLogger(__name__)
 BACKENDS = ("te", "torch_varlen", "reference")
 LENGTHS_ON_CPU = 32
-"""Sequences are rounded up to a multiple of this: see `_excess`."""
+"""Sequences are rounded up to a multiple of this: see `_excess`, `_batches`."""
+SHORT = 256
+"""Sequences of so many tokens take longer to launch than to compute."""
 
 
 def choose_backend(requested: str, dtype: torch.dtype) -> str:
@@ -106,7 +110,10 @@ class _PackedAttention(MegatronModule):
 
 
 class ReferenceAttention(_PackedAttention):
-    """scaled_dot_product_attention on each sequence: slow to launch, exact, runs everywhere."""
+    """scaled_dot_product_attention on each sequence: slow to launch, exact, runs everywhere.
+
+    Short sequences of about the same length go together, padded behind: causal attention does not look there.
+    """
 
     def attend(
         self, query_THD: torch.Tensor, key_UGD: torch.Tensor, value_UGD: torch.Tensor, sequences: LocalSequences
@@ -114,18 +121,37 @@ class ReferenceAttention(_PackedAttention):
         pieces_q, pieces_k = (
             list(itertools.pairwise(bounds.tolist())) for bounds in (sequences.cu_seqlens_q, sequences.cu_seqlens_k)
         )
-        outputs = []
-        for (start_q, end_q), (start_k, end_k) in zip(pieces_q, pieces_k, strict=True):
-            query = query_THD[start_q:end_q].transpose(0, 1)[None]
-            key, value = (x[start_k:end_k].transpose(0, 1)[None] for x in (key_UGD, value_UGD))
-            if excess := _excess(query, key):
-                query, key, value = (F.pad(x, (0, 0, 0, excess)) for x in (query, key, value))
-            mask = _causal(query.shape[2], key.shape[2], query.device)
-            attended = F.scaled_dot_product_attention(
-                query, key, value, scale=self.softmax_scale, enable_gqa=True, **mask
-            )
-            outputs.append(attended[0, :, : end_q - start_q].transpose(0, 1))
-        return torch.cat(outputs)
+        batches = _batches(pieces_q, pieces_k) if _short_ones_together(query_THD) else {}
+        together = {piece for members in batches.values() for piece in members}
+        outputs, starts = [], []
+        for number, ((start_q, end_q), (start_k, end_k)) in enumerate(zip(pieces_q, pieces_k, strict=True)):
+            if number not in together:
+                pieces = query_THD[start_q:end_q], key_UGD[start_k:end_k], value_UGD[start_k:end_k]
+                outputs.append(self._attend_one(*pieces))
+                starts.append(torch.arange(start_q, end_q))
+        for width, members in batches.items():
+            rows, is_real = _padded_rows([pieces_q[number] for number in members], width)
+            attended = self._attend_padded((query_THD, key_UGD, value_UGD), rows)
+            outputs.append(attended[is_real.reshape(-1).nonzero()[:, 0]])
+            starts.append(rows[is_real])
+        return torch.cat(outputs)[torch.cat(starts).argsort()] if batches else torch.cat(outputs)
+
+    def _attend_one(self, query_THD: torch.Tensor, key_UGD: torch.Tensor, value_UGD: torch.Tensor) -> torch.Tensor:
+        """Attention of one sequence, [T, H, D]."""
+        query, key, value = (x.transpose(0, 1)[None] for x in (query_THD, key_UGD, value_UGD))
+        if excess := _excess(query, key):
+            query, key, value = (F.pad(x, (0, 0, 0, excess)) for x in (query, key, value))
+        mask = _causal(query.shape[2], key.shape[2], query.device)
+        attended = F.scaled_dot_product_attention(query, key, value, scale=self.softmax_scale, enable_gqa=True, **mask)
+        return attended[0, :, : query_THD.shape[0]].transpose(0, 1)
+
+    def _attend_padded(self, tensors_THD: tuple[torch.Tensor, ...], rows_BW: torch.Tensor) -> torch.Tensor:
+        """Attention of B sequences of W rows each, [B * W, H, D]; rows that pad one come out as anything."""
+        query, key, value = (x[rows_BW].transpose(1, 2) for x in tensors_THD)
+        attended = F.scaled_dot_product_attention(
+            query, key, value, scale=self.softmax_scale, enable_gqa=True, is_causal=True
+        )
+        return attended.transpose(1, 2).flatten(0, 1)
 
 
 class TorchVarlenAttention(_PackedAttention):
@@ -152,6 +178,30 @@ class TorchVarlenAttention(_PackedAttention):
             window_size=(-1, 0),  # causal, aligned at the bottom right
             **(grouped if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}),
         )
+
+
+def _short_ones_together(query: torch.Tensor) -> bool:
+    """Not in 16 bit, where a kernel would be compiled for every number of sequences as well: see `_excess`."""
+    return query.device.type == "cpu" and query.dtype == torch.float32
+
+
+def _batches(pieces_q: list[tuple[int, int]], pieces_k: list[tuple[int, int]]) -> dict[int, list[int]]:
+    """Padded length -> numbers of the sequences that are computed together: short ones whose queries are all of their
+    keys, of which there are two or more."""
+    found: dict[int, list[int]] = defaultdict(list)
+    for number, (piece_q, piece_k) in enumerate(zip(pieces_q, pieces_k, strict=True)):
+        length = piece_q[1] - piece_q[0]
+        if piece_q == piece_k and 0 < length <= SHORT:
+            found[-(-length // LENGTHS_ON_CPU) * LENGTHS_ON_CPU].append(number)
+    return {width: members for width, members in found.items() if len(members) > 1}
+
+
+def _padded_rows(pieces: list[tuple[int, int]], width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of B sequences, int64 [B, width], and whether each is one: a sequence is padded with its first row."""
+    starts, ends = torch.tensor(pieces).T.unsqueeze(-1)
+    rows = starts + torch.arange(width)
+    is_real = rows < ends
+    return torch.where(is_real, rows, starts), is_real
 
 
 def _excess(query: torch.Tensor, key: torch.Tensor) -> int:

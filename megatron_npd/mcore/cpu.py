@@ -34,17 +34,21 @@ class _CudaToCpu(TorchFunctionMode):
     """Rewrites "cuda" devices in torch calls to "cpu"."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.Tensor.cuda:
-            return args[0]
-        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            # Gradient clipping sorts gradients by type names such as torch.cuda.FloatTensor.
-            return func(*args).replace("torch.", "torch.cuda.")
-        if _is_cuda(kwargs.get("device")):
+        # Every call of every step comes by here: what most of them are not is asked first.
+        if kwargs and "device" in kwargs and _is_cuda(kwargs["device"]):
             kwargs["device"] = "cpu"
-        if func is torch.Tensor.to:
-            args = tuple("cpu" if _is_cuda(argument) else argument for argument in args)
-        return func(*args, **kwargs)
+        if func in _SPECIAL:
+            if func is torch.Tensor.cuda:
+                return args[0]
+            if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+                # Gradient clipping sorts gradients by type names such as torch.cuda.FloatTensor.
+                return func(*args).replace("torch.", "torch.cuda.")
+            if func is torch.Tensor.to:
+                args = tuple("cpu" if _is_cuda(argument) else argument for argument in args)
+        return func(*args, **kwargs) if kwargs else func(*args)
+
+
+_SPECIAL = frozenset({torch.Tensor.cuda, torch.Tensor.type, torch.Tensor.to})
 
 
 def _is_cuda(device: Any) -> bool:

@@ -17,6 +17,7 @@ from open_files import open_files
 from shard_factory import make_shard
 from small_config import make_config
 
+from megatron_npd.buffer import shards
 from megatron_npd.buffer.plan import Stage
 from megatron_npd.buffer.shards import (
     CorruptShardError,
@@ -197,8 +198,21 @@ def test_columns_that_break_the_schema_are_refused(tmp_path: Path, monkeypatch: 
         ShardFile(tmp_path / "unit", "rollouts")
 
 
-def test_a_file_that_shrinks_while_it_is_open_gives_an_error(tmp_path: Path) -> None:
+def test_a_small_file_is_read_once(tmp_path: Path) -> None:
     path = tmp_path / "unit"
+    write_shard(path, make_unit(SIZES, 0))
+    there = read_shard(path, "samples")
+    with closing(ShardFile(path, "samples")) as shard:
+        path.write_bytes(b"")
+        assert not shard.is_current()
+        for name in COLUMNS["samples"]:
+            np.testing.assert_array_equal(shard[name], there[name])
+            assert shard[name].flags.writeable
+
+
+def test_a_file_that_shrinks_while_it_is_open_gives_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "unit"
+    monkeypatch.setattr(shards, "SMALL_BYTES", 0)
     write_shard(path, make_unit(SIZES, 0))
     with closing(ShardFile(path, "samples")) as shard:
         assert shard.is_current()
