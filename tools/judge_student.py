@@ -20,6 +20,7 @@ The tokenizer is the teacher's. Exit status: 0; 2 bad input, with one line on st
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import re
 import sys
@@ -159,7 +160,8 @@ def heldout_kl(teacher: PreTrainedModel, student: PreTrainedModel, pairs: list[P
     with torch.no_grad():
         for prompt, response in pairs:
             ids_1T = torch.tensor([prompt + response])
-            both = [model(ids_1T).logits[0, len(prompt) - 1 : -1] for model in (teacher, student)]
+            kept = len(response) + 1  # the last one predicts what nobody sampled
+            both = [model(ids_1T, logits_to_keep=kept).logits[0, :-1] for model in (teacher, student)]
             rows = min(logits.shape[1] for logits in both)
             log_p_RV, log_q_RV = (logits[:, :rows].double().log_softmax(-1) for logits in both)
             kl += (log_p_RV.exp() * (log_p_RV - log_q_RV)).sum().item()
@@ -199,11 +201,15 @@ def chooses_right(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ro
     prompt = tokenizer.apply_chat_template(row["messages"], add_generation_prompt=True, tokenize=False)
     before = tokenizer(prompt + row["opening"], add_special_tokens=False)["input_ids"]
     scores = []
-    for choice in row["choices"]:
-        ids = tokenizer(f" {choice}", add_special_tokens=False)["input_ids"]
-        with torch.no_grad():
-            logits_RV = model(torch.tensor([before + ids])).logits[0, len(before) - 1 : -1]
-        scores.append(logits_RV.double().log_softmax(-1).gather(1, torch.tensor(ids)[:, None]).sum().item())
+    with torch.no_grad():
+        read = model(torch.tensor([before]), use_cache=True, logits_to_keep=1)
+        for choice in row["choices"]:
+            ids = tokenizer(f" {choice}", add_special_tokens=False)["input_ids"]
+            logits_RV = read.logits[0]
+            if len(ids) > 1:
+                more = model(torch.tensor([ids[:-1]]), past_key_values=copy.deepcopy(read.past_key_values))
+                logits_RV = torch.cat([logits_RV, more.logits[0]])
+            scores.append(logits_RV.double().log_softmax(-1).gather(1, torch.tensor(ids)[:, None]).sum().item())
     return scores[0] > max(scores[1:])
 
 
