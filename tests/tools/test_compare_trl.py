@@ -205,43 +205,42 @@ keys = ("steps", "generated_tokens", "trained_tokens", "first_step_after")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "side", ["stub", pytest.param("trl", marks=pytest.mark.skipif(not HAS_TRL, reason="trl is not installed"))]
-)
 def test_a_small_comparison(
-    side: str, tool: ModuleType, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    """Real runs of tiny models, judged; TRL's side by itself, or by what copies the student it was given."""
-    if side == "stub":
-        monkeypatch.setattr(tool.importlib.util, "find_spec", lambda _: True)
-        (tmp_path / "tools").mkdir()
-        (tmp_path / "tools" / "trl_gkd.py").write_text(STUB)
-        shutil.copy(TOOLS / "judge_student.py", tmp_path / "tools")
-        monkeypatch.setattr(tool, "TOOLS", tmp_path / "tools")
+    tool: ModuleType, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real runs of tiny models, judged, with what copies its student in TRL's place; then, where it is installed, TRL
+    itself at another rate, which is all that is left to run."""
+    shutil.copytree(checkpoints, tmp_path / "inputs")
     inputs = Inputs(tmp_path / "inputs")
-    shutil.copytree(checkpoints, inputs.root, dirs_exist_ok=True)
     write_prompts(inputs.train, {f"t{i}": f"What is {i} plus {i}?" for i in range(12)})
     write_prompts(inputs.heldout, {f"h{i}": f"Name {i} things." for i in range(3)})
     inputs.set("warmup", {"samples_per_prompt": 1, "lr": 1e-2})
     inputs.set("rounds", {"count": 1, "epochs_per_round": 1})
     inputs.set("rollout", {"max_new_tokens": 16, "samples_per_unit": 12, "kv_cache_gib": 0.05, "threads": 1})
     inputs.set("selection", {"reject_truncated": False})
-    task = tmp_path / "task.jsonl"
+    task, out = tmp_path / "task.jsonl", tmp_path / "out"
     question = {"messages": [{"role": "user", "content": "Say yes."}], "answer": "yes"}
     task.write_text(json.dumps(question | {"opening": "I say", "choices": ["yes", "no"]}) + "\n")
-    out = tmp_path / "out"
-    words = [str(inputs.path), "--output", str(out), "--rates", "1e-3", "--repeat", "1", "--task", str(task)]
-    assert tool.main(words) == 0
+    words = [str(inputs.path), "--output", str(out), "--repeat", "1", "--task", str(task), "--rates", "1e-3"]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tool.importlib.util, "find_spec", lambda _: True)
+        (tmp_path / "tools").mkdir()
+        (tmp_path / "tools" / "trl_gkd.py").write_text(STUB)
+        shutil.copy(TOOLS / "judge_student.py", tmp_path / "tools")
+        patch.setattr(tool, "TOOLS", tmp_path / "tools")
+        assert tool.main(words) == 0
     ours, theirs, before = (read_json(out / f"{name}.json") for name in ("ours_1", "trl_0.001_1", "before"))
     assert ours["heldout_kl"] == pytest.approx(ours["own_heldout_kl"], rel=1e-4), "two ways to one figure"
-    assert before["heldout_kl"] > 0 and before["asked"] == 1
+    assert before["heldout_kl"] == theirs["heldout_kl"] > 0 and before["asked"] == before["offered"] == 1
     assert before["teacher"]["heldout_kl"] == pytest.approx(0.0, abs=1e-9) and before["teacher"]["top1_agreement"] == 1
     assert ours["seconds"] > 1 and ours["trained_tokens"] > 0 and ours["generated_tokens"] > 0
-    if side == "stub":
-        assert theirs["heldout_kl"] == pytest.approx(before["heldout_kl"])
-    else:
-        assert theirs["steps"] > 0 and theirs["heldout_kl"] != pytest.approx(before["heldout_kl"])
-        assert theirs["seconds"] == pytest.approx(ours["seconds"], abs=15)
+    assert {"training", "annotation", "evaluation", "rollouts"} <= set(ours["seconds_by_kind"])
     assert load_config(out / "ours_1" / "config.toml").models.dtype == "float32"
-    assert "| median (each) | megatron_npd |" not in capsys.readouterr().err and sys.executable
+
+    if HAS_TRL:
+        assert tool.main([*words, "2e-3"]) == 0
+        real = read_json(out / "trl_0.002_1.json")
+        assert real["steps"] > 0 and real["generated_tokens"] == real["trained_tokens"] > 0
+        assert real["heldout_kl"] != pytest.approx(before["heldout_kl"])
+        assert read_json(out / "ours_1.json") == ours
