@@ -265,8 +265,11 @@ def _cost(done: Done) -> Figures:
 
 
 def _environment() -> dict[str, str]:
-    """Of every command: no network, and threads that wait without burning a core."""
-    return os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_WAIT_POLICY": "PASSIVE"}
+    """Of every command: no network, threads that wait without burning a core, no word on TRL's experimental parts."""
+    return os.environ | {
+        "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_WAIT_POLICY": "PASSIVE",
+        "TRL_EXPERIMENTAL_SILENCE": "1",
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

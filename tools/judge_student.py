@@ -134,7 +134,10 @@ def judge(teacher: Path, students: list[Path], pairs: list[Pair], questions: lis
     """Of each student: heldout_kl, heldout_tokens, top1_agreement; right of the asked answers; chosen of the offered
     choices, and how many would be by_chance."""
     from transformers import AutoTokenizer
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     tokenizer, reference = AutoTokenizer.from_pretrained(teacher), _load(teacher)
     figures = []
     for folder in students:

@@ -71,8 +71,11 @@ def train(options: argparse.Namespace, prompts: list[list[int]]) -> dict[str, An
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers.utils import logging
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     deadline = options.began + options.seconds - SAVING_SECONDS
     tokenizer = AutoTokenizer.from_pretrained(options.student)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
