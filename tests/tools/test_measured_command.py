@@ -11,6 +11,8 @@ from types import ModuleType
 import pytest
 from places import TOOLS
 
+pytestmark = pytest.mark.heavy  # the supervisor's signals come with much else
+
 
 @pytest.fixture
 def tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
