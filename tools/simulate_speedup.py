@@ -169,7 +169,7 @@ def draw(file: Path) -> None:
             axes.axhline(PUBLISHED_SPEEDUP, color=MUTED, linewidth=1, linestyle=":")
             axes.set(xscale="log", yscale="log", ylim=(0.8, 100))
             axes.set_yticks([1, 2, 4, PUBLISHED_SPEEDUP, 16, 32, 64], ["1", "2", "4", "8.1", "16", "32", "64"])
-            ticks = [count for count in (100, 1000, 2000, 10_000, 100_000) if count >= axes.get_xlim()[0]]
+            ticks = [count for count in (100, 300, 1000, 3000, 10_000, 30_000, 100_000) if count >= axes.get_xlim()[0]]
             axes.set_xticks(ticks, [f"{count:,}" for count in ticks])
             axes.minorticks_off()
             axes.legend()
