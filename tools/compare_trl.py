@@ -131,12 +131,13 @@ def prepare(options: argparse.Namespace) -> Comparison:
     config = load_config(options.config, options.set)
     if config.rounds.count == 0:
         raise UserError("rounds.count = 0: there is nothing to compare; must be at least 1")
-    read_task(options.task)
-    identity = {"config": json.loads(json.dumps(config.model_dump())), "task": options.task.name}
+    identity = {"config": json.loads(json.dumps(config.model_dump())), "task": read_task(options.task)}
     del identity["config"]["run_directory"]
     record = options.output / "comparison.json"
     if record.is_file() and read_json(record) != identity:
         raise UserError(f"--output {options.output}: holds another comparison; must be another folder")
+    if not record.is_file() and options.output.exists() and any(options.output.iterdir()):
+        raise UserError(f"--output {options.output}: holds no comparison; must be a new or an empty folder")
     options.output.mkdir(parents=True, exist_ok=True)
     write_json(record, identity)
     return Comparison(options.config, tuple(options.set), config, options.output, options.task)

@@ -155,6 +155,16 @@ def test_both_sides_take_turns_and_the_same_time(
     assert "holds another comparison; must be another folder" in capsys.readouterr().err
 
 
+def test_only_a_folder_of_its_own_is_taken(
+    tool: ModuleType, machine: Machine, config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In it, what an interrupted run left is removed."""
+    (tmp_path / "ours_1").mkdir()
+    assert tool.main([str(config_file), "--output", str(tmp_path)]) == 2
+    assert "holds no comparison; must be a new or an empty folder" in capsys.readouterr().err
+    assert (tmp_path / "ours_1").is_dir() and machine.ran == []
+
+
 def test_a_command_that_fails_ends_it(
     tool: ModuleType, machine: Machine, config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
