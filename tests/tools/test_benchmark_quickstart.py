@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
-import signal
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -316,12 +314,12 @@ def test_the_quickstart_is_run(
     away = finished.run.root.rename(quickstart.parent / "made")
     commands: list[list[str]] = []
 
-    def npd(command: list[str]) -> int:
+    def npd(command: list[str]) -> SimpleNamespace:
         commands.append(command)
         away.rename(finished.run.root.with_name("here"))
-        return 0
+        return SimpleNamespace(status=0, seconds=1.0, cores_used_by_others=0.0)
 
-    monkeypatch.setattr(tool, "_to_the_end", npd)
+    monkeypatch.setattr(tool, "measured", npd)
     monkeypatch.setattr(tool, "_check_models", lambda _: None)
     directory = finished.run.root.with_name("here")
     assert tool.main(["--run", str(directory), "--set", "seed=1234", "--rates", str(finished.rates)]) == 0
@@ -334,27 +332,11 @@ def test_the_quickstart_is_run(
 def test_a_run_that_fails_gives_its_status(
     tool: ModuleType, finished: Finished, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(tool, "_to_the_end", lambda _: 130)
+    done = SimpleNamespace(status=130, seconds=1.0, cores_used_by_others=0.0)
+    monkeypatch.setattr(tool, "measured", lambda _: done)
     monkeypatch.setattr(tool, "_check_models", lambda _: None)
     assert tool.main(["--run", str(finished.run.root) + "2", "--rates", str(finished.rates)]) == 130
     assert capsys.readouterr() == ("", "benchmark_quickstart: npd run ended with status 130: nothing to compare\n")
-
-
-def test_a_signal_reaches_the_run_once(tool: ModuleType) -> None:
-    """The child asks for it itself, and would count a second one."""
-    program = (
-        "import os, signal, sys, time\n"
-        "got = []\n"
-        "signal.signal(signal.SIGINT, lambda number, _: got.append(number))\n"
-        "os.kill(os.getppid(), signal.SIGINT)\n"
-        "while not got: time.sleep(0.01)\n"
-        "time.sleep(0.3)\n"
-        "sys.exit(10 + len(got))\n"
-    )
-    before = signal.getsignal(signal.SIGINT)
-    assert tool._to_the_end([sys.executable, "-c", program]) == 11
-    assert signal.getsignal(signal.SIGINT) is before
-    assert tool._to_the_end([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]) == 137
 
 
 @pytest.mark.parametrize(
