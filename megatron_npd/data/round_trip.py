@@ -7,6 +7,7 @@ affair, and worth a word.
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ def changed(tokenizer: Tokenizer, text: str) -> Change | None:
     becomes = _there_and_back(tokenizer, text)
     if becomes == text:
         return None
-    lacking = "".join(word for word in text.split() if _has_unknown(tokenizer, word))
+    lacking = "".join(word for word in re.split("[ \n]+", text) if _has_unknown(tokenizer, word))
     unknown = "".join(character for character in dict.fromkeys(lacking) if _has_unknown(tokenizer, character))
     known = "".join(character for character in text if character not in unknown)
     if strange := [word for word in known.split() if _has_unknown(tokenizer, word)]:

@@ -196,7 +196,7 @@ def simulated_hours(cost: DeviceHours, rounds: int, epochs: int, steps_an_epoch:
         annotating=cost.annotation * HOUR / devices / rounds,
         a_step=(cost.training + cost.other) * HOUR / devices / steps,
     )
-    work = Workload(stages, rounds, 1.0, 0.0, tokens_per_pack=1, packs_at_once=1)
+    work = Workload(stages, rounds, frozenset(range(rounds + 1)), 1.0, 0.0, tokens_per_pack=1, packs_at_once=1)
     return simulate(work, rates, Workers(turns=True)).seconds / HOUR
 
 

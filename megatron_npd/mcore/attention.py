@@ -187,13 +187,13 @@ def _short_ones_together(query: torch.Tensor) -> bool:
 
 def _batches(pieces_q: list[tuple[int, int]], pieces_k: list[tuple[int, int]]) -> dict[int, list[int]]:
     """Padded length -> numbers of the sequences that are computed together: short ones whose queries are all of their
-    keys, of which there are two or more."""
+    keys. A single one is padded alike: what it gives must not depend on what else is in a pack."""
     found: dict[int, list[int]] = defaultdict(list)
     for number, (piece_q, piece_k) in enumerate(zip(pieces_q, pieces_k, strict=True)):
         length = piece_q[1] - piece_q[0]
         if piece_q == piece_k and 0 < length <= SHORT:
             found[-(-length // LENGTHS_ON_CPU) * LENGTHS_ON_CPU].append(number)
-    return {width: members for width, members in found.items() if len(members) > 1}
+    return found
 
 
 def _padded_rows(pieces: list[tuple[int, int]], width: int) -> tuple[torch.Tensor, torch.Tensor]:

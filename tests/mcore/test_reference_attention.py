@@ -16,14 +16,14 @@ pytestmark = pytest.mark.heavy  # Megatron
 D = 32
 
 
-def attended(lengths: list[int], heads: int, groups: int, dtype: torch.dtype) -> tuple[list[torch.Tensor], int]:
-    """[output, gradients of query, key and value] of random packed sequences, and the calls it took."""
+def random_inputs(total: int, heads: int, groups: int) -> list[torch.Tensor]:
+    """Query, key and value, [T, heads, D], float64."""
     generator = torch.Generator().manual_seed(3)
-    total = sum(lengths)
-    inputs = [
-        torch.randn(total, count, D, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-        for count in (heads, groups, groups)
-    ]
+    return [torch.randn(total, count, D, generator=generator, dtype=torch.float64) for count in (heads, groups, groups)]
+
+
+def attend(inputs: list[torch.Tensor], lengths: list[int]) -> tuple[torch.Tensor, int]:
+    """The output for sequences of these lengths, one after another, and the calls it took."""
     bounds = torch.tensor(np.concatenate([[0], np.cumsum(lengths)]), dtype=torch.int32)
     calls = []
     plain = torch.nn.functional.scaled_dot_product_attention
@@ -35,28 +35,41 @@ def attended(lengths: list[int], heads: int, groups: int, dtype: torch.dtype) ->
         for name in ("_attend_one", "_attend_padded"):
             setattr(module, name, getattr(ReferenceAttention, name).__get__(module))
         out = ReferenceAttention.attend(module, *inputs, LocalSequences(bounds, bounds, max(lengths), max(lengths)))
-    (out * torch.randn(out.shape, generator=generator, dtype=torch.float64)).sum().backward()
-    return [out.detach(), *(x.grad for x in inputs)], len(calls)
+    return out, len(calls)
 
 
 @pytest.mark.parametrize(("heads", "groups"), [(1, 1), (4, 2)])
 def test_together_as_one_by_one(heads: int, groups: int) -> None:
     lengths = [13, SHORT + 1, 26, 1, 32, 33, 64, 20, SHORT, 5, 40, 700]
-    (ours, calls), (exact, alone) = (
-        attended(lengths, heads, groups, dtype) for dtype in (torch.float32, torch.float64)
-    )
-    assert alone == len(lengths), "float64 goes one by one"
-    assert calls == 2 + 3, "lengths up to 32 and up to 64 together, the three others by themselves"
-    for mine, reference in zip(ours, exact, strict=True):
-        torch.testing.assert_close(mine.double(), reference, rtol=2e-5, atol=2e-6)
+    results, calls = [], []
+    for dtype in (torch.float32, torch.float64):
+        inputs = [x.to(dtype).requires_grad_() for x in random_inputs(sum(lengths), heads, groups)]
+        out, made = attend(inputs, lengths)
+        (out * random_inputs(sum(lengths), heads, groups)[0]).sum().backward()
+        results.append([out.detach(), *(x.grad for x in inputs)])
+        calls.append(made)
+    assert calls == [3 + 2, len(lengths)], "up to 32, up to 64, SHORT; two by themselves; float64 one by one"
+    for ours, exact in zip(*results, strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=2e-5, atol=2e-6)
+
+
+def test_what_a_sequence_gives_does_not_depend_on_the_others() -> None:
+    lengths = [13, 26, 40, 7]
+    inputs = [x.float() for x in random_inputs(sum(lengths), 4, 2)]
+    together, start = attend(inputs, lengths)[0], 0
+    for length in lengths:
+        alone = attend([x[start : start + length] for x in inputs], [length])[0]
+        assert torch.equal(together[start : start + length], alone)
+        start += length
 
 
 def test_in_16_bit_each_goes_by_itself() -> None:
-    assert attended([13, 20, 5], 2, 2, torch.bfloat16)[1] == 3
+    lengths = [13, 20, 5]
+    assert attend([x.bfloat16() for x in random_inputs(sum(lengths), 2, 2)], lengths)[1] == 3
 
 
 def test_only_whole_short_sequences_go_together() -> None:
     whole = [(0, 10), (10, 20), (20, 20 + SHORT + 1), (300, 340)]
-    assert _batches(whole, whole) == {LENGTHS_ON_CPU: [0, 1]}
-    keys = [(0, 10), (10, 30), (30, 31 + SHORT), (400, 440)]  # of context parallelism: more keys than queries
+    assert _batches(whole, whole) == {LENGTHS_ON_CPU: [0, 1], 2 * LENGTHS_ON_CPU: [3]}
+    keys = [(0, 11), (10, 30), (30, 31 + SHORT), (400, 440)]  # of context parallelism: more keys than queries
     assert _batches(whole, keys) == {}
