@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 EPOCHS = 44
-"""Of all arms, over a set's 400 prompts: divisible by 1, 2, 4 and 11 rounds."""
-STRICT_PROMPTS = 40
-"""Prompts of a strictly on-policy round: as many as a pack, which is one step, takes of them."""
-STEPS_A_PASS = 10
-"""Rounds of so many prompts that a set has."""
+"""Of all arms, over a set's prompts: divisible by 1, 2, 4 and 11 rounds."""
+STEPS_A_PASS = 12
+"""Packs, each a step, that a set's prompts with their answers fill."""
+PROMPTS = STEPS_A_PASS * 42
+"""Of a set. A strictly on-policy round has as many of them as a step takes."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class Setting:
     sets: tuple[int, ...] = tuple(range(1, 9))
     """Prompt sets, fixed beforehand; an arm may take the first few."""
     keys: dict[str, Any] = field(default_factory=dict)
+    warmed_as: str = ""
+    """The setting whose warmed-up students these are; left out: its own."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class Arm:
     """On so many of the setting's prompt sets."""
     refreshes: int | None = None
     """How often the student's answers were sampled anew; None: they are not the student's."""
+    seconds: float = 60.0
+    """What a run takes on two cores, about; known better once one has finished."""
 
 
 def offline(kd_lambda: float, epochs: int = EPOCHS) -> dict[str, Any]:
@@ -78,11 +82,11 @@ STRICT = Arm(
     "strictly on-policy: new answers for every step",
     {
         "rounds.count": EPOCHS * STEPS_A_PASS,
-        "rounds.prompts_per_round": STRICT_PROMPTS,
+        "rounds.prompts_per_round": PROMPTS // STEPS_A_PASS,
         "rounds.epochs_per_round": 1,
-        "rollout.samples_per_unit": STRICT_PROMPTS,
+        "rollout.samples_per_unit": PROMPTS // STEPS_A_PASS,
         "training.checkpoint_rounds": 50,
-        "training.sequence_length": 1280,
+        "training.sequence_length": 1280,  # room for all of a round, so that it is one step
     },
     sets=2,
     refreshes=EPOCHS * STEPS_A_PASS - 1,
@@ -112,7 +116,16 @@ PLAN: list[tuple[Setting, list[Arm]]] = [
         Setting("uncertain", "a teacher that is right on about 95 %", teacher="uncertain", sets=SIX),
         [SFT, KD, *FILTER_ARMS],
     ),
-    (Setting("hot", "answers sampled at temperature 1.6", sets=SIX, keys={"rollout.temperature": 1.6}), FILTER_ARMS),
+    (
+        Setting(
+            "hot",
+            "answers sampled at temperature 1.6",
+            sets=SIX,
+            keys={"rollout.temperature": 1.6},
+            warmed_as="certain",
+        ),
+        FILTER_ARMS,
+    ),
     (Setting("weak", "half the warm-up", warmup_epochs=12, sets=SIX), [SFT, *FILTER_ARMS]),
 ]
 """Everything, most wanted first."""

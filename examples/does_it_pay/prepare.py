@@ -20,18 +20,20 @@ import argparse
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
+from arms import PROMPTS
 from chain import UNASKED, Chain, corrupted, make_chains
 
 HERE = Path(__file__).resolve().parent
 SETS = list(range(1, 9))
 """Numbers of the prompt sets; a set's seeds follow from its number."""
-PROMPTS, PROBLEMS, HELDOUT, UNASKED_ROWS = 400, 500, 100, 20
+PROBLEMS, HELDOUT, UNASKED_ROWS = 500, 100, 20
 PROBLEM_SEED, HELDOUT_SEED, SET_SEED = 777, 778, 1000
 TEACHER_STEPS = {"teacher": 450, "uncertain": 250}
 HOT = 1.5
@@ -120,7 +122,12 @@ def model(folder: Path, *options: str) -> None:
         return
     unfinished = folder.with_name(f".{folder.name}.{os.getpid()}")
     subprocess.run([sys.executable, str(HERE / "models.py"), "--output", str(unfinished), *options], check=True)
-    unfinished.rename(folder)
+    try:
+        unfinished.rename(folder)
+    except OSError:  # beside us another made it
+        if not folder.is_dir():
+            raise
+        shutil.rmtree(unfinished)
 
 
 def make(path: Path, rows: Callable[[], list[dict[str, str]]]) -> None:

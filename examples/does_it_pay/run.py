@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from megatron_npd.config import load_config
 from megatron_npd.hardware.host import cores
+from megatron_npd.process.durations import duration
 from megatron_npd.process.metrics import busy_span, read_metrics
 from megatron_npd.roles import ANNOTATOR, ROLLOUT, TRAINER
 from megatron_npd.schema import Event
@@ -62,9 +63,15 @@ def jobs_of(plan: list[tuple[Setting, list[Arm]]]) -> list[Job]:
         Job(setting, arm, number)
         for setting, its_arms in plan
         for place, number in enumerate(setting.sets)
-        for arm in [arms.WARM, *its_arms]
+        for arm in [*([] if setting.warmed_as else [arms.WARM]), *its_arms]
         if place < arm.sets
     ]
+
+
+def warmup_of(job: Job) -> Job:
+    """The run that makes the student which this one starts from."""
+    named = {setting.name: setting for setting, _ in arms.PLAN}
+    return Job(named[job.setting.warmed_as or job.setting.name], arms.WARM, job.number)
 
 
 class Runner:
@@ -82,7 +89,7 @@ class Runner:
         if job.arm is arms.WARM:
             self._warm(job)
         else:
-            self._warm(Job(job.setting, arms.WARM, job.number))
+            self._warm(warmup_of(job))
             self._npd(job, job.arm.keys, self._file(job, job.arm.prompts), self._student(job))
 
     def _warm(self, job: Job) -> None:
@@ -92,7 +99,7 @@ class Runner:
             self._npd(job, arms.warmup(job.setting), self._file(job, "warm"), start)
 
     def _student(self, job: Job) -> Path:
-        return self._folder(Job(job.setting, arms.WARM, job.number)) / "student_hf"
+        return self._folder(warmup_of(job)) / "student_hf"
 
     def _folder(self, job: Job) -> Path:
         return self.work / "runs" / job.name
@@ -185,6 +192,12 @@ def processor() -> str:
     return f"{name} ({widest})"
 
 
+def expected_seconds(job: Job, results: Path) -> float:
+    """How long a run takes: what finished ones of its arm took, else what `arms.py` says."""
+    finished = [json.loads(path.read_text())["wall_seconds"] for path in results.glob(f"*/{job.arm.name}/set_*.json")]
+    return sum(finished) / len(finished) if finished else job.arm.seconds
+
+
 def chosen(arguments: argparse.Namespace) -> Iterator[Job]:
     """The jobs that the command line means."""
     wanted = set(arguments.only or [])
@@ -209,6 +222,8 @@ def main() -> None:
     if arguments.list:
         print("\n".join(job.name for job in left))
         return
+    seconds = sum(expected_seconds(job, arguments.results) for job in left)
+    print(f"{len(jobs)} runs, of which {len(jobs) - len(left)} are done; the others take about {duration(seconds)}")
     runner = Runner(arguments.work, arguments.results, arguments.keep)
     with tqdm(total=len(jobs), initial=len(jobs) - len(left), unit="run") as bar:
         for job in left:

@@ -42,6 +42,15 @@ def mean_of(values: Sequence[float]) -> Mean:
     return Mean(statistics.fmean(values), T_975[count - 1] * statistics.stdev(values) / math.sqrt(count), count)
 
 
+def wilson(correct: int, asked: int) -> tuple[float, float]:
+    """95 % Wilson interval of one run's accuracy, in percent: how exactly so few problems tell it."""
+    z = 1.959964
+    share, scale = correct / asked, 1.0 + z * z / asked
+    centre = (share + z * z / (2 * asked)) / scale
+    half = z / scale * math.sqrt(share * (1 - share) / asked + z * z / (4 * asked * asked))
+    return 100.0 * (centre - half), 100.0 * (centre + half)
+
+
 def paired(ours: dict[int, float], theirs: dict[int, float]) -> Mean | None:
     """Mean difference over the prompt sets that both have; None: there is none."""
     both = sorted(ours.keys() & theirs.keys())
