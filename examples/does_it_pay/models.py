@@ -23,6 +23,8 @@ SHAPES = {
 BATCH = 96
 UNASKED_SHARE = 0.05
 LEARNING_RATE = 2e-3
+ANSWER_TOKENS = 24
+"""rollout.max_new_tokens of base.toml: a right answer has 17 at most, its end included."""
 
 
 def make_model(name: str, seed: int) -> LlamaForCausalLM:
@@ -93,8 +95,9 @@ def respond(
     questions: list[str],
     temperature: float = 0.0,
     seed: int = 0,
+    longest: int = ANSWER_TOKENS,
 ) -> list[str]:
-    """The model's answers in plain transformers; one that does not end within the longest answer comes without its end.
+    """The model's answers in plain transformers; one that does not end within `longest` tokens is cut there.
 
     Questions of the same length are asked at once, so no padding is involved.
     """
@@ -105,7 +108,9 @@ def respond(
         rows = [number for number, prompt in enumerate(prompts) if len(prompt) == length]
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
         ids = torch.tensor([prompts[row] for row in rows])
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, pad_token_id=PAD, **sampling)
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=longest, pad_token_id=PAD, **sampling
+        )
         for row, response in zip(rows, out[:, length:].tolist(), strict=True):
             ended = response.index(END) if END in response else len(response)
             answers[row] = tokenizer.decode(response[:ended])

@@ -85,12 +85,14 @@ class Answers:
 
     def __call__(self, questions: list[str], temperature: float = 0.0, seed: int = 0) -> list[str]:
         import torch
-        from models import respond
+        from models import ANSWER_TOKENS, respond
         from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
         torch.set_num_threads(1)
         model = LlamaForCausalLM.from_pretrained(self._folder).eval()
-        return respond(model, PreTrainedTokenizerFast.from_pretrained(self._folder), questions, temperature, seed)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(self._folder)
+        # Whatever is given to a run gets an end, for which there must be room.
+        return respond(model, tokenizer, questions, temperature, seed, longest=ANSWER_TOKENS - 1)
 
     def rows(self, chains: list[Chain], temperature: float = 0.0, seed: int = 0) -> list[dict[str, str]]:
         """Questions with the teacher's answers."""
