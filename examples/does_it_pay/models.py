@@ -1,9 +1,12 @@
 """Teacher and student: Llamas of two layers, the teacher six times as large, trained from scratch in plain PyTorch.
 
-    python models.py --output FOLDER --seed 0 --steps 450      # 100 % right
+    python models.py --output FOLDER --seed 0                  # right on all chains
+    python models.py --output FOLDER --seed 0 --until 0.95     # stopped earlier: unsure of most of what it says
+    python models.py --output FOLDER --seed 1 --student        # random weights
 
-The teacher sees fresh chains at every step; with fewer steps it stays uncertain. 5 % of them come without their
-question, as Δ-IFD's unconditional pass reads an answer.
+The teacher sees fresh chains at every step, of which 5 % come without their question, as Δ-IFD's unconditional pass
+reads an answer. It is stopped by what it can do and not after so many steps: from a tenth of the chains to all of them
+takes it some 80 steps, and which ones is a matter of rounding.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import random
 from pathlib import Path
 
 import torch
-from chain import END, PAD, UNASKED, VOCABULARY, make_chain, make_chains, write_tokenizer
+from chain import END, PAD, UNASKED, VOCABULARY, Chain, make_chain, make_chains, write_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 SHAPES = {
@@ -23,6 +26,9 @@ SHAPES = {
 BATCH = 96
 UNASKED_SHARE = 0.05
 LEARNING_RATE = 2e-3
+STEPS = 450
+FIRST_LOOK, STEPS_A_LOOK, LOOKED_AT = 200, 5, 200
+"""A teacher that is to be stopped is tried from step 200 on, every 5 steps, on 200 chains."""
 ANSWER_TOKENS = 24
 """rollout.max_new_tokens of base.toml: a right answer has 17 at most, its end included."""
 
@@ -45,15 +51,20 @@ def make_model(name: str, seed: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def train_teacher(seed: int, steps: int, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """Supervised training on fresh chains, with a rate that falls along a cosine."""
+def train_teacher(seed: int, until: float, tokenizer: PreTrainedTokenizerFast, steps: int = STEPS) -> LlamaForCausalLM:
+    """Supervised training on fresh chains, with a rate that falls along a cosine; ends before `steps` where `until` of
+    the chains come right."""
     model = make_model("teacher", seed)
     generator = random.Random(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
     warm = torch.optim.lr_scheduler.LinearLR(optimizer, 0.05, total_iters=50)
     fall = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps - 50, 1), LEARNING_RATE / 20)
     schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [warm, fall], [50])
-    for _ in range(steps):
+    for step in range(steps):
+        if until < 1.0 and step >= FIRST_LOOK and step % STEPS_A_LOOK == 0:
+            if share_right(model.eval(), tokenizer, make_chains(seed + 1, LOOKED_AT)) >= until:
+                break
+            model.train()
         ids, labels = batch_of(generator, tokenizer)
         loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
@@ -62,6 +73,12 @@ def train_teacher(seed: int, steps: int, tokenizer: PreTrainedTokenizerFast) -> 
         schedule.step()
         optimizer.zero_grad()
     return model.eval()
+
+
+def share_right(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, chains: list[Chain]) -> float:
+    """Share of the chains that a model answers rightly from end to end, greedily."""
+    answers = respond(model, tokenizer, [chain.question for chain in chains])
+    return sum(answer == chain.answer for answer, chain in zip(answers, chains, strict=True)) / len(chains)
 
 
 def batch_of(generator: random.Random, tokenizer: PreTrainedTokenizerFast) -> tuple[torch.Tensor, torch.Tensor]:
@@ -121,7 +138,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--until", type=float, default=1.0, metavar="SHARE", help="stop where so many come right")
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--student", action="store_true", help="write a student with random weights instead")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -130,12 +148,9 @@ def main() -> None:
     if arguments.student:
         make_model("student", arguments.seed).save_pretrained(arguments.output)
         return
-    model = train_teacher(arguments.seed, arguments.steps, tokenizer)
+    model = train_teacher(arguments.seed, arguments.until, tokenizer, arguments.steps)
     model.save_pretrained(arguments.output)
-    problems = make_chains(777, 300)
-    answers = respond(model, tokenizer, [problem.question for problem in problems])
-    right = sum(answer == problem.answer for answer, problem in zip(answers, problems, strict=True))
-    print(f"{arguments.output}: {right} of {len(problems)} right")
+    print(f"{arguments.output}: {share_right(model, tokenizer, make_chains(777, 300)):.1%} right")
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@ What is there is not made again; everything follows from the seeds below, which 
     models/student_01 …                  random weights, another seed for each set
     sets/problems.jsonl                  500 problems that are graded; no set and no held-out question is among them
     sets/TEACHER_heldout.jsonl           100 questions with the teacher's answers, for the held-out KL
-    sets/TEACHER_01/train.jsonl          400 questions with the teacher's answers
+    sets/TEACHER_01/train.jsonl          504 questions with the teacher's answers
     sets/TEACHER_01/warm.jsonl           the same, and 20 answers without their question (see chain.py)
-    sets/TEACHER_01/varied.jsonl         four answers to each of the 400, sampled from the teacher at temperature 1.5
+    sets/TEACHER_01/varied.jsonl         four answers to each of the 504, sampled from the teacher at temperature 1.5
     sets/TEACHER_01/corrupted.jsonl      four to each, right but for 10 % of the numbers
 """
 
@@ -35,7 +35,8 @@ SETS = list(range(1, 9))
 """Numbers of the prompt sets; a set's seeds follow from its number."""
 PROBLEMS, HELDOUT, UNASKED_ROWS = 500, 100, 20
 PROBLEM_SEED, HELDOUT_SEED, SET_SEED = 777, 778, 1000
-TEACHER_STEPS = {"teacher": 450, "uncertain": 250}
+TEACHERS = {"teacher": (), "uncertain": ("--until", "0.95")}
+"""What models.py makes of each."""
 HOT = 1.5
 COPIES = 4
 """Answers to each question in varied.jsonl and corrupted.jsonl: as many as four rounds sample."""
@@ -46,7 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--sets", type=int, nargs="+", default=SETS)
-    parser.add_argument("--teachers", nargs="+", default=list(TEACHER_STEPS), choices=list(TEACHER_STEPS))
+    parser.add_argument("--teachers", nargs="+", default=list(TEACHERS), choices=list(TEACHERS))
     arguments = parser.parse_args()
     prepare(arguments.output, arguments.sets, arguments.teachers)
 
@@ -54,14 +55,14 @@ def main() -> None:
 def prepare(output: Path, sets: Iterable[int], teachers: Iterable[str]) -> None:
     """Make what is not there yet."""
     for number in sets:
-        model(output / "models" / student_name(number), "--student", "--steps", "0", "--seed", str(number))
+        model(output / "models" / student_name(number), "--student", "--seed", str(number))
     problems = make_chains(PROBLEM_SEED, PROBLEMS)
     heldout = make_chains(HELDOUT_SEED, HELDOUT, but={problem.question for problem in problems})
     graded = [{"prompt": problem.question, "answer": problem.answer} for problem in problems]
     make(output / "sets" / "problems.jsonl", lambda: graded)
     apart = {chain.question for chain in [*problems, *heldout]}
     for teacher in teachers:
-        model(output / "models" / teacher, "--steps", str(TEACHER_STEPS[teacher]), "--seed", "0")
+        model(output / "models" / teacher, *TEACHERS[teacher], "--seed", "0")
         answer = Answers(output / "models" / teacher)
         make(output / "sets" / f"{teacher}_heldout.jsonl", partial(answer.rows, heldout))
         for number in sets:

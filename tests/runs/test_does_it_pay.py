@@ -86,7 +86,7 @@ def test_the_plan(example: Any) -> None:
     names = [setting.name for setting, _ in arms.PLAN]
     assert len(set(names)) == len(names)
     for setting, its_arms in arms.PLAN:
-        assert setting.teacher in prepare.TEACHER_STEPS and setting.warmed_as in ("", *names)
+        assert setting.teacher in prepare.TEACHERS and setting.warmed_as in ("", *names)
         for arm in its_arms:
             config = config_of(setting, arm)
             copies = 1 if arm.prompts == "train" else prepare.COPIES
@@ -172,7 +172,7 @@ def test_one_arm_for_real(example: Any, tmp_path: Path, monkeypatch: pytest.Monk
     arms, prepare, run = example("arms"), example("prepare"), example("run")
     for name, value in {"PROMPTS": 24, "PROBLEMS": 20, "HELDOUT": 4, "UNASKED_ROWS": 2}.items():
         monkeypatch.setattr(prepare, name, value)
-    monkeypatch.setattr(prepare, "TEACHER_STEPS", {"teacher": 2})
+    monkeypatch.setattr(prepare, "TEACHERS", {"teacher": ("--steps", "2")})
     setting = arms.Setting("tiny", "two rounds", warmup_epochs=1, sets=(3,))
     arm = arms.Arm("refresh_1", "two rounds", {"rounds.count": 2, "rounds.epochs_per_round": 1})
     monkeypatch.setattr(arms, "PLAN", [(setting, [arm])])
