@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 EPOCHS = 44
-"""Of all arms, over a set's prompts: divisible by 1, 2, 4 and 11 rounds."""
-STEPS_A_PASS = 12
+"""Of all arms, over a set's prompts: divisible by 1, 2, 4, 11 and 22 rounds."""
+STEPS_A_PASS = 14
 """Packs, each a step, that a set's prompts with their answers fill."""
 PROMPTS = STEPS_A_PASS * 42
 """Of a set. A strictly on-policy round has as many of them as a step takes."""
@@ -24,8 +24,8 @@ class Setting:
     name: str
     says: str
     teacher: str = "teacher"
-    warmup_epochs: int = 24
-    sets: tuple[int, ...] = tuple(range(1, 9))
+    warmup_epochs: int = 36
+    sets: tuple[int, ...] = (1, 2, 3, 4, 5, 6)
     """Prompt sets, fixed beforehand; an arm may take the first few."""
     keys: dict[str, Any] = field(default_factory=dict)
     warmed_as: str = ""
@@ -41,7 +41,7 @@ class Arm:
     keys: dict[str, Any]
     prompts: str = "train"
     """File of the set: train, varied or corrupted."""
-    sets: int = 8
+    sets: int = 6
     """On so many of the setting's prompt sets."""
     refreshes: int | None = None
     """How often the student's answers were sampled anew; None: they are not the student's."""
@@ -77,6 +77,7 @@ KD = Arm("kd", "offline distillation on the teacher's answers", offline(0.9))
 ONE_REFRESH = Arm("refresh_1", "its own answers, 1 refresh", rounds(2), refreshes=1)
 THREE = Arm("refresh_3", "its own answers, 3 refreshes", rounds(4), refreshes=3)
 TEN = Arm("refresh_10", "its own answers, 10 refreshes", rounds(11), refreshes=10)
+TWENTY_ONE = Arm("refresh_21", "its own answers, 21 refreshes", rounds(22), refreshes=21, seconds=80.0)
 STRICT = Arm(
     "strict",
     "strictly on-policy: new answers for every step",
@@ -89,6 +90,7 @@ STRICT = Arm(
         "training.sequence_length": 1280,  # room for all of a round, so that it is one step
     },
     sets=2,
+    seconds=300.0,
     refreshes=EPOCHS * STEPS_A_PASS - 1,
 )
 FILTER = Arm("filter", "3 refreshes, filtered by Δ-IFD", filtered("delta_ifd"), refreshes=3)
@@ -100,6 +102,7 @@ ARMS = [
     ONE_REFRESH,
     THREE,
     TEN,
+    TWENTY_ONE,
     STRICT,
     FILTER,
     RANDOM,
@@ -109,24 +112,22 @@ ARMS = [
     ),
 ]
 FILTER_ARMS = [THREE, FILTER, RANDOM]
-SIX = tuple(range(1, 7))
 PLAN: list[tuple[Setting, list[Arm]]] = [
     (Setting("certain", "a teacher that is always right"), ARMS),
     (
-        Setting("uncertain", "a teacher that is right on about 95 %", teacher="uncertain", sets=SIX),
+        Setting("uncertain", "a teacher that is right on about 95 %", teacher="uncertain"),
         [SFT, KD, *FILTER_ARMS],
     ),
     (
         Setting(
             "hot",
             "answers sampled at temperature 1.6",
-            sets=SIX,
             keys={"rollout.temperature": 1.6},
             warmed_as="certain",
         ),
         FILTER_ARMS,
     ),
-    (Setting("weak", "half the warm-up", warmup_epochs=12, sets=SIX), [SFT, *FILTER_ARMS]),
+    (Setting("weak", "half the warm-up", warmup_epochs=18), FILTER_ARMS),
 ]
 """Everything, most wanted first."""
 QUICK: list[tuple[Setting, list[Arm]]] = [

@@ -192,7 +192,7 @@ def headline(results: Results) -> list[str]:
                 f"{arm} is {found.signed()} points from supervised fine-tuning, over {found.count} prompt sets."
             )
     strict = results.get(("certain", "strict"), {})
-    for arm in ("refresh_3", "refresh_10"):
+    for arm in ("refresh_3", "refresh_10", "refresh_21"):
         runs = results.get(("certain", arm), {})
         both = sorted(strict.keys() & runs.keys())
         if both:
