@@ -1,7 +1,7 @@
 """Teacher and student: Llamas of two layers, the teacher six times as large, trained from scratch in plain PyTorch.
 
     python models.py --output FOLDER --seed 0                  # right on all chains
-    python models.py --output FOLDER --seed 0 --until 0.95     # stopped earlier: unsure of most of what it says
+    python models.py --output FOLDER --seed 0 --until 0.92     # stopped earlier: unsure of most of what it says
     python models.py --output FOLDER --seed 1 --student        # random weights
 
 The teacher sees fresh chains at every step, of which 5 % come without their question, as Δ-IFD's unconditional pass

@@ -116,6 +116,7 @@ class Runner:
             "models.student": str(student),
             "prompts.train": str(prompts),
             "prompts.heldout": str(self.work / "sets" / f"{job.setting.teacher}_heldout.jsonl"),
+            "selection.tau": job.setting.tau,
             **job.setting.keys,
             **keys,
         }

@@ -32,7 +32,7 @@ def example(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def config_of(setting: Any, arm: Any) -> Config:
     """A run's configuration, as `npd run base.toml --set ...` reads it."""
-    keys = {**setting.keys, **arm.keys}
+    keys = {"selection.tau": setting.tau, **setting.keys, **arm.keys}
     return load_config(HERE / "base.toml", [f"{key}={json.dumps(value)}" for key, value in keys.items()])
 
 
