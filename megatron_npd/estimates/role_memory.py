@@ -128,7 +128,10 @@ def _with_holes(device: Device, passing: list[Term]) -> list[Term]:
 
 def layer_activation_bytes(training: TrainingConfig, dims: ModelDims, size: int, device: Device) -> float:
     """What one layer keeps of one token until its backward pass, on one rank; with recompute = "block", one of those
-    that are not computed again."""
+    that are not computed again.
+
+    Sequences of up to 256 tokens in float32 on a CPU, which attend together, differ by a tenth (`mcore.attention`).
+    """
     tensor = training.tensor_model_parallel_size
     widths, hidden = Widths.of(dims, tensor), dims.hidden_size
     along = tensor if training.sequence_parallel else 1

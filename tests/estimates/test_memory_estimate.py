@@ -70,6 +70,10 @@ def test_ranks_and_stages_add_up() -> None:
     assert stage_parameters(tied, 1, 2, 0) + stage_parameters(tied, 1, 2, 1) == whole, "the last stage has a copy"
 
 
+KEPT_OF = 1024
+"""Tokens of the pack whose activations are counted."""
+
+
 def configuration(**training: Any) -> Config:
     return Config.model_validate(
         {
@@ -90,7 +94,7 @@ def configuration(**training: Any) -> Config:
 def test_activations_are_what_autograd_keeps(dtype: str, recompute: str, qk_norm: bool, parallel: Parallel) -> None:
     """Of one layer more, each storage once, in a real Megatron model; parameters are not counted. Of a block of one
     layer the second is kept."""
-    config = configuration(dtype=dtype, recompute=recompute)
+    config = configuration(dtype=dtype, recompute=recompute, sequence_length=KEPT_OF)
     dims = replace(DIMS, qk_norm=qk_norm)
     kept = {layers: kept_bytes(replace(dims, num_layers=layers), dtype, recompute, parallel) for layers in (1, 2)}
     estimated = layer_activation_bytes(config.training, dims, 2 if dtype == "bfloat16" else 4, "cpu")
@@ -134,8 +138,8 @@ def kept_bytes(dims: ModelDims, dtype: str, recompute: str, parallel: Parallel) 
             storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    bounds = np.array([0, 96, 288, 512], dtype=np.int32)  # multiples of 32: see mcore.attention
-    tokens, rows = torch.zeros(512, dtype=torch.int64), torch.arange(50)
+    bounds = np.array([0, 288, 608, KEPT_OF], dtype=np.int32)  # multiples of 32, none short: see mcore.attention
+    tokens, rows = torch.zeros(KEPT_OF, dtype=torch.int64), torch.arange(50)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         hidden = forward_packed(model, tokens, bounds, rows, parallel)
     hidden.sum().backward()  # or a layer that recomputes and its graph hold each other, and Megatron's groups, for good
