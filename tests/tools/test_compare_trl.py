@@ -213,6 +213,7 @@ keys = ("steps", "generated_tokens", "trained_tokens", "first_step_after")
 """
 
 
+@pytest.mark.skipif(not HAS_TRL, reason="needs TRL (pip install '.[trl]'), and minutes: run by hand")
 @pytest.mark.slow
 def test_a_small_comparison(
     tool: ModuleType, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
