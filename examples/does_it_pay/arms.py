@@ -11,9 +11,9 @@ from typing import Any
 
 EPOCHS = 44
 """Of all arms, over a set's prompts: divisible by 1, 2, 4, 11 and 22 rounds."""
-STEPS_A_PASS = 14
-"""Packs, each a step, that a set's prompts with their answers fill."""
-PROMPTS = STEPS_A_PASS * 42
+STEPS_A_PASS = 13
+"""Packs, each a step, that a set's prompts with their answers fill: 23 tokens each, so 12.6 packs, give or take 0.1."""
+PROMPTS = STEPS_A_PASS * 43
 """Of a set. A strictly on-policy round has as many of them as a step takes."""
 
 

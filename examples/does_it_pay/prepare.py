@@ -8,9 +8,9 @@ What is there is not made again; everything follows from the seeds below, which 
     models/student_01 …                  random weights, another seed for each set
     sets/problems.jsonl                  500 problems that are graded; no set and no held-out question is among them
     sets/TEACHER_heldout.jsonl           100 questions with the teacher's answers, for the held-out KL
-    sets/TEACHER_01/train.jsonl          588 questions with the teacher's answers
+    sets/TEACHER_01/train.jsonl          559 questions with the teacher's answers
     sets/TEACHER_01/warm.jsonl           the same, and 20 answers without their question (see chain.py)
-    sets/TEACHER_01/varied.jsonl         four answers to each of the 588, sampled from the teacher at temperature 1.5
+    sets/TEACHER_01/varied.jsonl         four answers to each of the 559, sampled from the teacher at temperature 1.5
     sets/TEACHER_01/corrupted.jsonl      four to each, right but for 10 % of the numbers
 """
 
