@@ -117,7 +117,7 @@ FILTER_ARMS = [THREE, FILTER, RANDOM]
 PLAN: list[tuple[Setting, list[Arm]]] = [
     (Setting("certain", "a teacher that is always right"), ARMS),
     (
-        Setting("uncertain", "a teacher that is right on about 95 %", teacher="uncertain", tau=0.25),
+        Setting("uncertain", "a teacher that is not certain", teacher="uncertain", tau=0.25),
         [SFT, KD, *FILTER_ARMS],
     ),
     (

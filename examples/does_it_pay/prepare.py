@@ -4,7 +4,7 @@
 
 What is there is not made again; everything follows from the seeds below, which were fixed before any run.
 
-    models/teacher, models/uncertain     right on all chains, and on about 95 %
+    models/teacher, models/uncertain     right on all chains, and meant to be on about 95 %
     models/student_01 …                  random weights, another seed for each set
     sets/problems.jsonl                  500 problems that are graded; no set and no held-out question is among them
     sets/TEACHER_heldout.jsonl           100 questions with the teacher's answers, for the held-out KL

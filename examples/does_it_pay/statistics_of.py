@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_npd.tasks import intervals
+
 T_975 = [math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228]
 """Student's t, 97.5 %, by degrees of freedom, as tables have it."""
 
@@ -44,11 +46,8 @@ def mean_of(values: Sequence[float]) -> Mean:
 
 def wilson(correct: int, asked: int) -> tuple[float, float]:
     """95 % Wilson interval of one run's accuracy, in percent: how exactly so few problems tell it."""
-    z = 1.959964
-    share, scale = correct / asked, 1.0 + z * z / asked
-    centre = (share + z * z / (2 * asked)) / scale
-    half = z / scale * math.sqrt(share * (1 - share) / asked + z * z / (4 * asked * asked))
-    return 100.0 * (centre - half), 100.0 * (centre + half)
+    low, high = intervals.wilson(correct, asked)
+    return 100.0 * low, 100.0 * high
 
 
 def paired(ours: dict[int, float], theirs: dict[int, float]) -> Mean | None:

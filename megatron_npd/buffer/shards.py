@@ -117,7 +117,8 @@ def read_shard(path: Path, kind: str) -> Shard:
 
 
 class ShardFile:
-    """A shard held open, of which single columns and rows are read: whatever is not asked for stays in the file.
+    """A shard held open, of which single columns and rows are read: whatever is not asked for stays in the file, unless
+    that is small (`SMALL_BYTES`): then it is read at once, and stays as it was when it was opened.
 
     Schema version, kind, columns and the file's length are checked. The checksum is not, for that takes the whole
     file: open what `read_shard` has verified. Reads are positioned (pread, no memory map): a file that shrinks gives
@@ -135,7 +136,7 @@ class ShardFile:
         except OSError as error:
             raise CorruptShardError(f"{path}: cannot be opened ({error.strerror})") from None
         self._identity = _identity(os.fstat(self._file.fileno()))
-        self._whole: bytes | None = None
+        self._whole: bytearray | None = None
         try:
             header, self._columns = self._read_header()
             self.checksum: str = header.pop("xxh3")
@@ -188,9 +189,9 @@ class ShardFile:
 
     def _read(self, offset: int, size: int) -> bytearray:
         if self._whole is None and self._identity[1] <= SMALL_BYTES:
-            self._whole = bytes(self._read_part(0, self._identity[1]))
+            self._whole = self._read_part(0, self._identity[1])
         if self._whole is not None:
-            return bytearray(self._whole[offset : offset + size])
+            return self._whole[offset : offset + size]
         return self._read_part(offset, size)
 
     def _read_part(self, offset: int, size: int) -> bytearray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -67,17 +68,7 @@ def killed(
     chosen = random.randrange(3, steps_done(uninterrupted) - 3)
     print(f"killed after step {chosen}")  # pytest shows it when something fails
     ranks = start_ranks(command(run, TP2_SP), 2, run.root / "rendezvous")
-    try:
-        deadline = time.monotonic() + 300
-        while steps_done(run) < chosen:
-            assert time.monotonic() < deadline and all(rank.poll() is None for rank in ranks)
-            time.sleep(0.01)
-        time.sleep(random.random() * 0.1)
-    finally:
-        for rank in ranks:
-            rank.kill()
-        for rank in ranks:
-            rank.communicate()
+    kill_when(ranks, lambda: steps_done(run) >= chosen, later=random.random() * 0.1)
     assert chosen <= steps_done(run) < steps_done(uninterrupted)
     return run
 
@@ -164,16 +155,7 @@ def test_rounds_without_a_checkpoint_are_trained_on_again(
     run = copy_of(prepared, tmp_path / "run")
     ranks = start_ranks([sys.executable, str(SLOW_TRAINER), "0.1", *command(run, seldom)[3:]], 2, tmp_path / "meet")
     last_round = len([record for record in step_records(uninterrupted) if record["stage"] != "round_0001"])
-    try:
-        deadline = time.monotonic() + 300
-        while steps_done(run) < last_round + 1:
-            assert time.monotonic() < deadline and all(rank.poll() is None for rank in ranks)
-            time.sleep(0.01)
-    finally:
-        for rank in ranks:
-            rank.kill()
-        for rank in ranks:
-            rank.communicate()
+    kill_when(ranks, lambda: steps_done(run) > last_round)
     current = run.checkpoints / (run.checkpoints / "latest.txt").read_text().strip()
     assert read_json(current / "run_state.json")["run"]["progress"]["finished"] == ["warmup"]
     assert 2 in published_versions(run)
@@ -185,16 +167,7 @@ def test_killed_while_a_version_is_written(prepared: RunDirectory, uninterrupted
     """No checkpoint is past the lost version, so a restart publishes it, bit-identical."""
     run = copy_of(prepared, tmp_path / "run")
     ranks = start_ranks([sys.executable, str(SLOW_TRAINER), "0.1", *command(run, TP2_SP)[3:]], 2, tmp_path / "meet")
-    try:
-        deadline = time.monotonic() + 300
-        while not list(run.weights.glob(".staging-v000002-*/*.safetensors")):
-            assert time.monotonic() < deadline and all(rank.poll() is None for rank in ranks)
-            time.sleep(0.01)
-    finally:
-        for rank in ranks:
-            rank.kill()
-        for rank in ranks:
-            rank.communicate()
+    kill_when(ranks, lambda: bool(list(run.weights.glob(".staging-v000002-*/*.safetensors"))))
     assert published_versions(run) == [0, 1] and list(run.weights.glob(".staging-v000002-*"))
     current = run.checkpoints / (run.checkpoints / "latest.txt").read_text().strip()
     published_after = next(record["step"] for record in publishing_steps(uninterrupted) if record["version"] == 2)
@@ -203,6 +176,21 @@ def test_killed_while_a_version_is_written(prepared: RunDirectory, uninterrupted
     assert published_versions(run) == [0, 1, 2, 3]
     assert sorted(path.name for path in run.weights.iterdir()) == [f"v00000{version}" for version in range(4)]
     assert_same_versions(uninterrupted, run)
+
+
+def kill_when(ranks: list[subprocess.Popen[str]], happened: Callable[[], bool], later: float = 0.0) -> None:
+    """Kill every rank so many seconds after something has happened."""
+    try:
+        deadline = time.monotonic() + 300
+        while not happened():
+            assert time.monotonic() < deadline and all(rank.poll() is None for rank in ranks)
+            time.sleep(0.01)
+        time.sleep(later)
+    finally:
+        for rank in ranks:
+            rank.kill()
+        for rank in ranks:
+            rank.communicate()
 
 
 def test_a_folder_that_cannot_be_written_ends_the_trainer_with_one_line(prepared: RunDirectory, tmp_path: Path) -> None:
