@@ -9,11 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-EPOCHS = 44
+EPOCHS = 88
 """Of all arms, over a set's prompts: divisible by 1, 2, 4, 11 and 22 rounds."""
-STEPS_A_PASS = 13
-"""Packs, each a step, that a set's prompts with their answers fill: 23 tokens each, so 12.6 packs, give or take 0.1."""
-PROMPTS = STEPS_A_PASS * 43
+STEPS_A_PASS = 14
+"""Packs, each a step, that a set's prompts with their answers fill: 22 tokens each are trained on, so 13.6 packs, give or
+take 0.2: not near a whole number, so that a shorter answer here and there makes no pass a step shorter."""
+PROMPTS = STEPS_A_PASS * 45
 """Of a set. A strictly on-policy round has as many of them as a step takes."""
 
 
@@ -25,8 +26,9 @@ class Setting:
     says: str
     teacher: str = "teacher"
     warmup_epochs: int = 36
-    sets: tuple[int, ...] = (1, 2, 3, 4, 5, 6)
-    """Prompt sets, fixed beforehand; an arm may take the first few."""
+    sets: tuple[int, ...] = (3, 4, 5, 6, 7, 8)
+    """Prompt sets, fixed beforehand; an arm may take the first few. Sets 1 and 2 are left out: the number of prompts and of
+    passes was chosen by them."""
     tau: float = 0.3
     """τ of a filter's first round: the 80 % quantile of the Δ-IFD ≥ 0 of a warmed-up student of this setting. It was
     measured once, on prompt set 1, in plain PyTorch: an absolute τ would keep nearly all here and a fourth there."""
@@ -48,7 +50,7 @@ class Arm:
     """On so many of the setting's prompt sets."""
     refreshes: int | None = None
     """How often the student's answers were sampled anew; None: they are not the student's."""
-    seconds: float = 60.0
+    seconds: float = 50.0
     """What a run takes on two cores, about; known better once one has finished."""
 
 
@@ -92,7 +94,7 @@ STRICT = Arm(
         "training.sequence_length": 1280,  # room for all of a round, so that it is one step
     },
     sets=2,
-    seconds=300.0,
+    seconds=500.0,
     refreshes=EPOCHS * STEPS_A_PASS - 1,
 )
 FILTER = Arm("filter", "3 refreshes, filtered by Δ-IFD", filtered("delta_ifd"), refreshes=3)
@@ -108,9 +110,9 @@ ARMS = [
     STRICT,
     FILTER,
     RANDOM,
-    Arm("varied", "the teacher's answers at temperature 1.5, four to a question", offline(0.9, 11), prompts="varied"),
+    Arm("varied", "the teacher's answers at temperature 1.5, four to a question", offline(0.9, 22), prompts="varied"),
     Arm(
-        "corrupted", "right answers with 10 % wrong numbers, four to a question", offline(0.9, 11), prompts="corrupted"
+        "corrupted", "right answers with 10 % wrong numbers, four to a question", offline(0.9, 22), prompts="corrupted"
     ),
 ]
 FILTER_ARMS = [THREE, FILTER, RANDOM]
@@ -134,7 +136,7 @@ PLAN: list[tuple[Setting, list[Arm]]] = [
 ]
 """Everything, most wanted first."""
 QUICK: list[tuple[Setting, list[Arm]]] = [
-    (Setting("certain", "a teacher that is always right", sets=(1, 2)), [SFT, ONE_REFRESH, TEN])
+    (Setting("certain", "a teacher that is always right", sets=(3, 4)), [SFT, ONE_REFRESH, TEN])
 ]
 
 
