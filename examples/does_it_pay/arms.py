@@ -12,8 +12,8 @@ from typing import Any
 EPOCHS = 88
 """Of all arms, over a set's prompts: divisible by 1, 2, 4, 11 and 22 rounds."""
 STEPS_A_PASS = 14
-"""Packs, each a step, that a set's prompts with their answers fill: 22 tokens each are trained on, so 13.6 packs, give or
-take 0.2: not near a whole number, so that a shorter answer here and there makes no pass a step shorter."""
+"""Packs, each a step, that a set's prompts with their answers fill: 22 tokens each are trained on, so 13.6 packs, give
+or take 0.2: not near a whole number, so that a shorter answer here and there makes no pass a step shorter."""
 PROMPTS = STEPS_A_PASS * 45
 """Of a set. A strictly on-policy round has as many of them as a step takes."""
 
@@ -27,8 +27,8 @@ class Setting:
     teacher: str = "teacher"
     warmup_epochs: int = 36
     sets: tuple[int, ...] = (3, 4, 5, 6, 7, 8)
-    """Prompt sets, fixed beforehand; an arm may take the first few. Sets 1 and 2 are left out: the number of prompts and of
-    passes was chosen by them."""
+    """Prompt sets, fixed beforehand; an arm may take the first few. Sets 1 and 2 are left out: the number of prompts and
+    of passes was chosen by them."""
     tau: float = 0.3
     """τ of a filter's first round: the 80 % quantile of the Δ-IFD ≥ 0 of a warmed-up student of this setting. It was
     measured once, on prompt set 1, in plain PyTorch: an absolute τ would keep nearly all here and a fourth there."""
