@@ -27,8 +27,8 @@ class Setting:
     teacher: str = "teacher"
     warmup_epochs: int = 36
     sets: tuple[int, ...] = (3, 4, 5, 6, 7, 8)
-    """Prompt sets, fixed beforehand; an arm may take the first few. Sets 1 and 2 are left out: the number of prompts and
-    of passes was chosen by them."""
+    """Prompt sets, fixed beforehand; an arm may take the first few. Sets 1 and 2 are left out: how many
+    prompts and passes there are was chosen by them."""
     tau: float = 0.3
     """τ of a filter's first round: the 80 % quantile of the Δ-IFD ≥ 0 of a warmed-up student of this setting. It was
     measured once, on prompt set 1, in plain PyTorch: an absolute τ would keep nearly all here and a fourth there."""

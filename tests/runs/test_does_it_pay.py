@@ -16,6 +16,7 @@ import pytest
 from places import EXAMPLES, ROOT
 
 from megatron_npd.config import Config, load_config
+from megatron_npd.process.metrics import read_metrics
 
 HERE = EXAMPLES / "does_it_pay"
 MODULES = ("arms", "chain", "models", "page", "prepare", "run", "statistics_of")
@@ -194,6 +195,13 @@ def test_one_arm_for_real(example: Any, tmp_path: Path, monkeypatch: pytest.Monk
     checked = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert checked.returncode == 0, checked.stdout + checked.stderr
     assert "0 answers differ" in checked.stdout
+
+    steps = [
+        one
+        for one in read_metrics(tmp_path / "work" / "runs" / run.warmup_of(job).name / "metrics")
+        if one["event"] == "step"
+    ]
+    assert steps and all(one["train/loss"] == one["train/ce"] for one in steps), "fine-tuning is on words alone"
 
     monkeypatch.setattr(run.subprocess, "run", None)
     runner.run(job)

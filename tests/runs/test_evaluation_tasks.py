@@ -191,13 +191,17 @@ def test_an_evaluation_may_come_later_and_an_old_version_answers_again_what_was_
 
 
 def test_a_run_without_rounds_answers_too(checkpoints: Path, tmp_path: Path) -> None:
-    """Then evaluations are all that the student's sidecar is for."""
+    """It is on the teacher's responses, and evaluations are all that the student's sidecar is for."""
     shutil.copytree(checkpoints, tmp_path, dirs_exist_ok=True)
     inputs = examined_inputs(tmp_path)
     inputs.set("rounds", {"count": 0})
-    inputs.set("warmup", {"samples_per_prompt": 1})
+    inputs.set("warmup", {"samples_per_prompt": 1, "epochs": 3, "lr": 1e-2})
     inputs.set("evaluation", inputs.values["evaluation"][:1])
     npd("run", inputs.path)
     run = RunDirectory(inputs.run)
     assert list(results(run, LETTERS)) == [0, 1] and run.student.is_dir()
-    assert read_json(run.summary)["student_version"] == 1
+    summary = read_json(run.summary)
+    assert summary["student_version"] == 1 and summary["heldout_kl_after"] < summary["heldout_kl_before"]
+    assert summary["warmup_responses"] > 0 and summary["trained_on"]["warmup"]["given"] == 0
+    log = run.log("supervisor").read_text()
+    assert f"{summary['warmup_responses']} responses of the warm-up, {summary['warmup_kept']} kept" in log

@@ -1,4 +1,4 @@
-"""Whole runs on responses that the user has: supervised fine-tuning, offline distillation, and half and half."""
+"""Whole runs on responses that the user has: offline distillation, and half and half."""
 
 from __future__ import annotations
 
@@ -79,12 +79,12 @@ def tokenizer(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> To
     )
 
 
-@pytest.fixture(scope="module", params=[0.0, 0.9], ids=["fine-tuning", "offline distillation"])
-def on_data(request: pytest.FixtureRequest, checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Inputs:
-    """A run without rounds on given responses."""
+@pytest.fixture(scope="module")
+def on_data(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    """Offline distillation: a run without rounds on given responses. Fine-tuning is `test_does_it_pay`'s warm-up."""
     inputs = make_inputs(checkpoints, tmp_path_factory.mktemp("on_data"))
     inputs.set("rounds", {"count": 0})
-    inputs.set("warmup", {"source": "data", "epochs": 3, "lr": 1e-2, "kd_lambda": request.param})
+    inputs.set("warmup", {"source": "data", "epochs": 3, "lr": 1e-2, "kd_lambda": 0.9})
     npd("run", inputs.path)
     return inputs
 
@@ -100,13 +100,14 @@ def test_a_run_without_rounds_ends_with_a_student_a_report_and_a_heldout_kl(on_d
     assert summary["rollouts_generated"] is None and summary["optimizer_steps"] > 0
     assert summary["trained_on"] == {"warmup": {"samples": QUESTIONS, "given": QUESTIONS}}
     assert run.report.stat().st_size > 10_000
+    assert not run.metrics("rollout").exists(), "the student's sidecar is never started"
     assert "finished" in npd("status", on_data.run)
 
 
 def test_the_loss_is_the_one_that_was_asked_for(on_data: Inputs) -> None:
     steps = [r for r in read_metrics(on_data.run / "metrics") if (r["role"], r["event"]) == ("trainer", "step")]
     share = read_json(on_data.run / "summary.json")["settings"]["warmup_kd_lambda"]
-    assert len(steps) >= 3
+    assert len(steps) >= 3 and share == 0.9
     for step in steps:
         expected = (1 - share) * step["train/ce"] + share * step["train/kd"]
         assert step["train/loss"] == pytest.approx(expected, rel=1e-5)
@@ -147,20 +148,6 @@ def test_npd_prompts_shows_both_framings(on_data: Inputs) -> None:
     text = npd("prompts", on_data.path, "--show", "1")
     assert '"enable_thinking": true}' in text and '"enable_thinking": false}' in text
     assert text.count("⟦<s> 1⟧") > 4 and "given response" in text
-
-
-def test_a_run_without_rounds_may_be_on_the_teachers_responses(checkpoints: Path, tmp_path: Path) -> None:
-    inputs = make_inputs(checkpoints, tmp_path)
-    inputs.set("rounds", {"count": 0})
-    inputs.set("warmup", {"samples_per_prompt": 1, "epochs": 3, "lr": 1e-2})
-    npd("run", inputs.path)
-    summary, run = read_json(inputs.run / "summary.json"), RunDirectory(inputs.run)
-    assert published_versions(run) == [0, 1] and run.student.is_dir()
-    assert summary["heldout_kl_after"] < summary["heldout_kl_before"]
-    assert summary["warmup_responses"] == QUESTIONS and summary["trained_on"]["warmup"]["given"] == 0
-    assert not run.metrics("rollout").exists(), "the student's sidecar is never started"
-    log = run.log("supervisor").read_text()
-    assert f"{QUESTIONS} responses of the warm-up, {summary['warmup_kept']} kept" in log
 
 
 def test_half_given_half_own_is_trained_on_in_that_ratio(checkpoints: Path, tmp_path: Path) -> None:

@@ -1,14 +1,15 @@
-"""Whole runs whose held-out responses are the user's, and whose held-out KL is measured of chosen versions."""
+"""A whole run without a filter, whose held-out responses are the user's and whose held-out KL is of chosen versions."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from inputs import Inputs
 from npd_runs import npd
-from test_given_responses import make_inputs
+from test_given_responses import make_inputs, shards
 
 from megatron_npd.buffer.shards import read_shard
 from megatron_npd.files import read_json
@@ -29,6 +30,7 @@ def run(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDirec
     inputs.set("heldout", {"source": "data", "versions": [1]})
     inputs.set("rounds", {"count": ROUNDS, "prompts_per_round": 4, "epochs_per_round": 1})
     inputs.set("warmup", {"samples_per_prompt": 0})
+    inputs.set("selection", {"rule": "none", "reject_truncated": False})
     npd("run", inputs.path)
     return RunDirectory(inputs.run)
 
@@ -49,3 +51,12 @@ def test_chosen_versions_are_evaluated_and_no_other(run: RunDirectory) -> None:
     assert list(summary["heldout_kl_by_version"]) == ["1", str(ROUNDS)]
     assert summary["heldout_kl_before"] is None and summary["heldout_kl_after"] > 0
     assert run.student.is_dir()
+
+
+def test_without_a_filter_the_run_needs_no_score(run: RunDirectory) -> None:
+    for shard in shards(run, "samples", "round_0001"):
+        assert np.isnan(shard["delta_ifd"]).all() and np.isfinite(shard["nll_student_conditional"]).all()
+    summary = read_json(run.summary)
+    assert summary["rollouts_kept"] == summary["rollouts_generated"] == 4 * ROUNDS
+    assert run.report.stat().st_size > 10_000
+    assert npd("inspect", run.root)

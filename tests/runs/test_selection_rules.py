@@ -1,4 +1,4 @@
-"""Whole runs with each rule of selection: what is judged how, and a round that keeps too little."""
+"""A whole run whose τ is a quantile of the round before, and which drops as many at random."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from inputs import Inputs
 from npd_runs import npd
 from test_given_responses import make_inputs, shards
 
@@ -18,16 +17,10 @@ from megatron_npd.selection.rules import quantile_of
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture
-def inputs(checkpoints: Path, tmp_path: Path) -> Inputs:
-    """Two rounds and nothing else."""
+def test_tau_follows_the_round_before_and_a_random_drop_is_of_that_size(checkpoints: Path, tmp_path: Path) -> None:
     inputs = make_inputs(checkpoints, tmp_path)
     inputs.set("rounds", {"count": 2, "epochs_per_round": 1})
     inputs.set("heldout", {"versions": "last"})
-    return inputs
-
-
-def test_tau_follows_the_round_before_and_a_random_drop_is_of_that_size(inputs: Inputs) -> None:
     inputs.set("selection", {"rule": "random", "tau": 1e9, "tau_quantile": 0.5, "reject_truncated": False})
     npd("run", inputs.path)
     run = RunDirectory(inputs.run)
@@ -44,24 +37,3 @@ def test_tau_follows_the_round_before_and_a_random_drop_is_of_that_size(inputs: 
     summary = read_json(run.summary)
     assert summary["rollouts_rejected"]["random"] > 0
     assert "random" in npd("inspect", inputs.run, "--rejected")
-
-
-def test_without_a_filter_the_run_needs_no_score(inputs: Inputs) -> None:
-    inputs.set("selection", {"rule": "none", "reject_truncated": False})
-    npd("run", inputs.path)
-    run = RunDirectory(inputs.run)
-    for shard in shards(run, "samples", "round_0001"):
-        assert np.isnan(shard["delta_ifd"]).all() and np.isfinite(shard["nll_student_conditional"]).all()
-    summary = read_json(run.summary)
-    assert summary["rollouts_kept"] == summary["rollouts_generated"]
-    assert run.report.stat().st_size > 10_000
-    assert npd("inspect", inputs.run)
-
-
-def test_a_round_that_keeps_too_little_ends_the_run_with_one_line(inputs: Inputs) -> None:
-    inputs.set("selection", {"tau": 1e9, "reject_truncated": True, "least_kept_share": 1.0})
-    inputs.set("rollout.max_new_tokens", 4)  # random models rarely end within these
-    inputs.set("launch", {"max_restarts": 0})
-    npd("run", inputs.path, status=2)
-    log = (RunDirectory(inputs.run).log("trainer")).read_text()
-    assert "samples were kept, must be selection.least_kept_share = 1 of them at least" in log

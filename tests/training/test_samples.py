@@ -351,6 +351,17 @@ def test_a_stage_without_kept_samples_says_why(tmp_path: Path) -> None:
         opened(run, stage)
 
 
+def test_a_round_that_keeps_too_little_says_so(tmp_path: Path) -> None:
+    samples = [(3, 2, KEPT), (2, 2, DEGENERATE), (2, 0, EMPTY), (3, 2, KEPT)]
+    run, stage = make_stage(tmp_path / "student", [samples])
+    assert len(opened(run, stage, selection={"least_kept_share": 0.5})) == 2
+    rule = r"must be selection\.least_kept_share = 0\.6 of them at least \(1 degenerate, 1 empty, 2 kept\)"
+    with pytest.raises(UserError, match=rf"round_0000: 2 of 4 samples were kept, {rule}; see npd inspect --rejected"):
+        opened(run, stage, selection={"least_kept_share": 0.6})
+    run, stage = make_stage(tmp_path / "teacher", [samples], TEACHER_VERSION)
+    assert len(opened(run, stage, selection={"least_kept_share": 0.6})) == 2, "a warm-up is not judged by it"
+
+
 @pytest.mark.parametrize(
     "metadata", [{}, {"kd_temperature": "2.0"}, {"kd_temperature": "hot"}, {"kd_temperature": None}]
 )
