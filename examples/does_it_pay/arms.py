@@ -33,6 +33,8 @@ class Setting:
     """τ of a filter's first round: the 80 % quantile of the Δ-IFD ≥ 0 of a warmed-up student of this setting. It was
     measured once, on prompt set 1, in plain PyTorch: an absolute τ would keep nearly all here and a fourth there."""
     keys: dict[str, Any] = field(default_factory=dict)
+    at_once: int = 2
+    """Runs side by side. Where costs are compared it is one: each has the machine to itself."""
     warmed_as: str = ""
     """The setting whose warmed-up students these are; left out: its own."""
 
@@ -117,7 +119,7 @@ ARMS = [
 ]
 FILTER_ARMS = [THREE, FILTER, RANDOM]
 PLAN: list[tuple[Setting, list[Arm]]] = [
-    (Setting("certain", "a teacher that is always right"), ARMS),
+    (Setting("certain", "a teacher that is always right", at_once=1), ARMS),
     (
         Setting("uncertain", "a teacher that is not certain", teacher="uncertain", tau=0.25),
         [SFT, KD, *FILTER_ARMS],
@@ -136,7 +138,7 @@ PLAN: list[tuple[Setting, list[Arm]]] = [
 ]
 """Everything, most wanted first."""
 QUICK: list[tuple[Setting, list[Arm]]] = [
-    (Setting("certain", "a teacher that is always right", sets=(3, 4)), [SFT, ONE_REFRESH, TEN])
+    (Setting("certain", "a teacher that is always right", at_once=1, sets=(3, 4)), [SFT, ONE_REFRESH, TEN])
 ]
 
 

@@ -1,7 +1,8 @@
-"""All runs of the reproduction, one after another; every finished one leaves a small file in results/.
+"""All runs of the reproduction; every finished one leaves a small file in results/.
 
     python run.py [--quick] [--only SETTING/ARM ...] [--sets 1 2] [--work FOLDER] [--list]
 
+Where costs are compared a run has the machine to itself, elsewhere two run side by side (`at_once` of a setting).
 What has its result is not run again, so the whole can be stopped at any time, and made in parts on several machines.
 Everything goes through `npd run base.toml --set ...`; the log of a run lies beside its directory below --work.
 """
@@ -14,8 +15,11 @@ import platform
 import shutil
 import subprocess
 import sys
+import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,18 +78,29 @@ def warmup_of(job: Job) -> Job:
     return Job(named[job.setting.warmed_as or job.setting.name], arms.WARM, job.number)
 
 
+class RunError(RuntimeError):
+    """A run ended with an error."""
+
+
 class Runner:
     """Runs jobs below a folder."""
 
     def __init__(self, work: Path, results: Path, keep: bool):
         self.work, self.results, self._keep = work, results, keep
+        self._preparing = threading.Lock()
+        self._warming: dict[str, threading.Lock] = defaultdict(threading.Lock)
 
     def run(self, job: Job) -> None:
-        """One job, and the warmed-up student it starts from; the result is there afterwards."""
+        """One job, and the warmed-up student it starts from; the result is there afterwards. Several may run at once.
+
+        Raises:
+            RunError: a run ended with an error; its last lines are the message.
+        """
         target = job.result(self.results)
         if target.is_file():
             return
-        prepare.prepare(self.work, [job.number], [job.setting.teacher])
+        with self._preparing:
+            prepare.prepare(self.work, [job.number], [job.setting.teacher])
         if job.arm is arms.WARM:
             self._warm(job)
         else:
@@ -94,7 +109,9 @@ class Runner:
 
     def _warm(self, job: Job) -> None:
         """The warmed-up student; made again where its result is there, but not the student (another machine's)."""
-        if not self._student(job).is_dir():
+        with self._warming[warmup_of(job).name]:
+            if self._student(job).is_dir():
+                return
             start = self.work / "models" / prepare.student_name(job.number)
             self._npd(job, arms.warmup(job.setting), self._file(job, "warm"), start)
 
@@ -135,7 +152,7 @@ class Runner:
             status = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False).returncode
         if status:
             last = log.read_text().splitlines()[-KEPT_LINES:]
-            sys.exit("\n".join([*last, f"{job.name}: npd run ended with status {status}; see {log}"]))
+            raise RunError("\n".join([*last, f"{job.name}: npd run ended with status {status}; see {log}"]))
         if not job.result(self.results).is_file():
             write_result(job, folder, job.result(self.results), time.monotonic() - since)
         if job.arm is not arms.WARM and not self._keep:
@@ -167,6 +184,7 @@ def write_result(job: Job, folder: Path, target: Path, seconds: float) -> None:
         "optimizer_steps": summary["optimizer_steps"],
         "kept_share": [stage["kept"] / stage["generated"] for stage in rounds.values()][:12],
         "wall_seconds": round(seconds, 1),
+        "at_once": job.setting.at_once,
     }
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_suffix(".tmp")
@@ -208,6 +226,25 @@ def chosen(arguments: argparse.Namespace) -> Iterator[Job]:
             yield job
 
 
+def run_all(runner: Runner, jobs: list[Job], at_once: int, bar: tqdm) -> None:
+    """Jobs in their order, so many side by side; the first that fails lets those under way end, and begins no other."""
+
+    def run(job: Job) -> None:
+        bar.set_description(job.name)
+        runner.run(job)
+
+    with ThreadPoolExecutor(at_once) as pool:
+        try:
+            for ended in as_completed([pool.submit(run, job) for job in jobs]):
+                ended.result()
+                bar.update()
+        except BaseException as error:
+            pool.shutdown(wait=False, cancel_futures=True)
+            if isinstance(error, RunError):
+                sys.exit(str(error))
+            raise
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two prompt sets, three arms")
@@ -223,14 +260,12 @@ def main() -> None:
     if arguments.list:
         print("\n".join(job.name for job in left))
         return
-    seconds = sum(expected_seconds(job, arguments.results) for job in left)
+    seconds = sum(expected_seconds(job, arguments.results) / job.setting.at_once for job in left)
     print(f"{len(jobs)} runs, of which {len(jobs) - len(left)} are done; the others take about {duration(seconds)}")
     runner = Runner(arguments.work, arguments.results, arguments.keep)
     with tqdm(total=len(jobs), initial=len(jobs) - len(left), unit="run") as bar:
-        for job in left:
-            bar.set_description(job.name)
-            runner.run(job)
-            bar.update()
+        for at_once in sorted({job.setting.at_once for job in left}):
+            run_all(runner, [job for job in left if job.setting.at_once == at_once], at_once, bar)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ import random
 import re
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -117,6 +119,31 @@ def test_the_parts_of_the_plan(example: Any, tmp_path: Path) -> None:
     job.result(tmp_path).parent.mkdir(parents=True)
     job.result(tmp_path).write_text(json.dumps({"wall_seconds": 77.0}))
     assert run.expected_seconds(job, tmp_path) == 77.0
+
+
+def test_what_runs_side_by_side(example: Any) -> None:
+    """As many at once as was asked for; after one that failed no other begins, and its last words are the exit's."""
+    arms, run = example("arms"), example("run")
+    jobs = [job for job in run.jobs_of(arms.PLAN) if job.setting.at_once == 2][:12]
+    begun: list[str] = []
+    under_way, peaks, lock = set(), [], threading.Lock()
+
+    class Naps:
+        def run(self, job: Any) -> None:
+            with lock:
+                begun.append(job.name)
+                under_way.add(job.name)
+                peaks.append(len(under_way))
+            time.sleep(0.05)
+            with lock:
+                under_way.remove(job.name)
+            if job is jobs[3]:
+                raise run.RunError(f"{job.name}: bad")
+
+    with run.tqdm(total=len(jobs)) as bar, pytest.raises(SystemExit, match=f"^{jobs[3].name}: bad$"):
+        run.run_all(Naps(), jobs, 2, bar)
+    assert set(begun[:4]) == {job.name for job in jobs[:4]} and max(peaks) == 2
+    assert not under_way and len(begun) < 10
 
 
 def write_results(arms: ModuleType, folder: Path) -> None:
