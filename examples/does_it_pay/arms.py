@@ -11,9 +11,9 @@ from typing import Any
 
 EPOCHS = 88
 """Of all arms, over a set's prompts: divisible by 1, 2, 4, 11 and 22 rounds."""
-STEPS_A_PASS = 14
-"""Packs, each a step, that a set's prompts with their answers fill: 22 tokens each are trained on, so 13.6 packs, give
-or take 0.2: not near a whole number, so that a shorter answer here and there makes no pass a step shorter."""
+STEPS_A_PASS = 13
+"""Packs, each a step, that a set's prompts with their answers fill: 22 tokens each are trained on, so 12.6 packs, give
+or take 0.1: not near a whole number, so that a shorter answer here and there makes no pass a step shorter."""
 PROMPTS = STEPS_A_PASS * 45
 """Of a set. A strictly on-policy round has as many of them as a step takes."""
 
@@ -26,8 +26,8 @@ class Setting:
     says: str
     teacher: str = "teacher"
     warmup_epochs: int = 36
-    sets: tuple[int, ...] = (3, 4, 5, 6, 7, 8)
-    """Prompt sets, fixed beforehand; an arm may take the first few. Sets 1 and 2 are left out: how many
+    sets: tuple[int, ...] = (4, 5, 6, 7, 8, 9)
+    """Prompt sets, fixed beforehand; an arm may take the first few. Sets 1 to 3 are left out: how many
     prompts and passes there are was chosen by them."""
     tau: float = 0.3
     """τ of a filter's first round: the 80 % quantile of the Δ-IFD ≥ 0 of a warmed-up student of this setting. It was
@@ -138,7 +138,7 @@ PLAN: list[tuple[Setting, list[Arm]]] = [
 ]
 """Everything, most wanted first."""
 QUICK: list[tuple[Setting, list[Arm]]] = [
-    (Setting("certain", "a teacher that is always right", at_once=1, sets=(3, 4)), [SFT, ONE_REFRESH, TEN])
+    (Setting("certain", "a teacher that is always right", at_once=1, sets=(4, 5)), [SFT, ONE_REFRESH, TEN])
 ]
 
 

@@ -8,9 +8,9 @@ What is there is not made again; everything follows from the seeds below, which 
     models/student_01 …                  random weights, another seed for each set
     sets/problems.jsonl                  500 problems that are graded; no set and no held-out question is among them
     sets/TEACHER_heldout.jsonl           100 questions with the teacher's answers, for the held-out KL
-    sets/TEACHER_01/train.jsonl          630 questions with the teacher's answers
+    sets/TEACHER_01/train.jsonl          585 questions with the teacher's answers
     sets/TEACHER_01/warm.jsonl           the same, and 20 answers without their question (see chain.py)
-    sets/TEACHER_01/varied.jsonl         four answers to each of the 630, sampled from the teacher at temperature 1.5
+    sets/TEACHER_01/varied.jsonl         four answers to each of the 585, sampled from the teacher at temperature 1.5
     sets/TEACHER_01/corrupted.jsonl      four to each, right but for 10 % of the numbers
 """
 
@@ -31,7 +31,7 @@ from arms import PROMPTS
 from chain import UNASKED, Chain, corrupted, make_chains
 
 HERE = Path(__file__).resolve().parent
-SETS = [3, 4, 5, 6, 7, 8]
+SETS = [4, 5, 6, 7, 8, 9]
 """Numbers of the prompt sets; a set's seeds follow from its number."""
 PROBLEMS, HELDOUT, UNASKED_ROWS = 500, 100, 20
 PROBLEM_SEED, HELDOUT_SEED, SET_SEED = 777, 778, 1000
