@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_npd.config import Config, make_config
 from megatron_npd.errors import UserError
+from megatron_npd.files import read_json
 from megatron_npd.models.hf_checkpoint import check_checkpoint
 from megatron_npd.prepare.prepare import load_run_config
 from megatron_npd.roles import ANNOTATOR, TEACHER
@@ -78,11 +79,18 @@ def _versions(run: RunDirectory, wanted: str) -> list[Subject]:
 
 
 def _config_of_checkpoint(folder: Path, overrides: list[str]) -> Config:
-    """Every default, for a model that is student and teacher at once."""
+    """Every default, for a model that is student and teacher at once. A checkpoint in float32 answers in float32: what
+    it scores must not depend on whether the processor it is asked on has bfloat16."""
     checkpoint = check_checkpoint("PLACE", folder)
+    stored = read_json(folder / "config.json")
+    in_float32 = stored.get("dtype", stored.get("torch_dtype")) == "float32"
     raw: dict[str, Any] = {
         "run_directory": "-",
-        "models": {"teacher": str(folder), "student": str(folder)},
+        "models": {
+            "teacher": str(folder),
+            "student": str(folder),
+            "dtype": "float32" if in_float32 else "auto",
+        },
         "prompts": {"train": "-", "heldout": "-", "max_prompt_tokens": min(1024, checkpoint.dims.max_positions // 2)},
         ANNOTATOR: {"pack_length": 1 << 20},
         "training": {"sequence_length": 1 << 20},

@@ -14,6 +14,7 @@ from megatron_npd.errors import UserError
 from megatron_npd.evaluate.by_harness import evaluate_by_harness
 from megatron_npd.evaluate.by_tasks import evaluations_asked
 from megatron_npd.evaluate.subjects import Asked, place_of_subjects
+from megatron_npd.files import read_json
 from megatron_npd.prepare.prepare import prepare
 
 STAND_IN = """
@@ -121,3 +122,15 @@ def test_without_the_harness_one_line_names_the_extra(run: Path, monkeypatch: py
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(UserError, match=r"--lm-eval gsm8k: .*pip install 'megatron_npd\[lm-eval\]'"):
         evaluate_by_harness(place_of_subjects(run, None, False, []), "gsm8k", 0, None, print)
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_a_checkpoint_in_float32_answers_in_it_on_every_machine(inputs: Inputs, key: str) -> None:
+    path = inputs.student / "config.json"
+    stored = {name: value for name, value in read_json(path).items() if name not in ("dtype", "torch_dtype")}
+    for there, expected in (("float32", "float32"), ("bfloat16", "auto"), (None, "auto")):
+        path.write_text(json.dumps(stored | ({key: there} if there else {})))
+        assert place_of_subjects(inputs.student, None, False, []).config.models.dtype == expected
+    path.write_text(json.dumps(stored | {key: "float32"}))
+    chosen = place_of_subjects(inputs.student, None, False, ["models.dtype=bfloat16"])
+    assert chosen.config.models.dtype == "bfloat16"
