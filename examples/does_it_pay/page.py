@@ -206,7 +206,8 @@ def headline(results: Results) -> list[str]:
 
 
 def frontier(results: Results) -> Figure:
-    """Accuracy against cost of the first setting's arms, and which no other beats in both."""
+    """Accuracy against cost of the first setting's arms, and which no other beats in both. An arm that was run on fewer
+    prompt sets than the others says so: its mean is over other sets than theirs."""
     setting, its_arms = arms.PLAN[0]
     points = {}
     for arm in its_arms:
@@ -218,7 +219,8 @@ def frontier(results: Results) -> Figure:
     for name, (seconds, mean) in points.items():
         error = mean.half_width if math.isfinite(mean.half_width) else 0.0
         axes.errorbar(seconds, mean.value, yerr=error, fmt="o", capsize=3)
-        axes.annotate(name, (seconds, mean.value), (6, 4), textcoords="offset points", fontsize=9)
+        label = name if mean.count == len(setting.sets) else f"{name} ({mean.count} sets)"
+        axes.annotate(label, (seconds, mean.value), (6, 4), textcoords="offset points", fontsize=9)
     best = on_frontier({name: (seconds, mean.value) for name, (seconds, mean) in points.items()})
     axes.plot(*zip(*((points[name][0], points[name][1].value) for name in best), strict=True) if best else ((), ()),
               color="#98a2b3", linewidth=1, zorder=0)  # fmt: skip
