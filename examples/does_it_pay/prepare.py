@@ -1,17 +1,17 @@
 """What the runs start from: the teachers, a student for each prompt set, the sets, and the problems that are graded.
 
-    python prepare.py --output FOLDER [--sets 1 2]
+    python prepare.py --output FOLDER [--sets 4 5]
 
 What is there is not made again; everything follows from the seeds below, which were fixed before any run.
 
     models/teacher, models/uncertain     right on all chains, and meant to be on about 95 %
-    models/student_01 …                  random weights, another seed for each set
+    models/student_04 …                  random weights, another seed for each set
     sets/problems.jsonl                  500 problems that are graded; no set and no held-out question is among them
     sets/TEACHER_heldout.jsonl           100 questions with the teacher's answers, for the held-out KL
-    sets/TEACHER_01/train.jsonl          585 questions with the teacher's answers
-    sets/TEACHER_01/warm.jsonl           the same, and 20 answers without their question (see chain.py)
-    sets/TEACHER_01/varied.jsonl         four answers to each of the 585, sampled from the teacher at temperature 1.5
-    sets/TEACHER_01/corrupted.jsonl      four to each, right but for 10 % of the numbers
+    sets/TEACHER_04/train.jsonl          585 questions with the teacher's answers
+    sets/TEACHER_04/warm.jsonl           the same, and 20 answers without their question (see chain.py)
+    sets/TEACHER_04/varied.jsonl         four answers to each of the 585, sampled from the teacher at temperature 1.5
+    sets/TEACHER_04/corrupted.jsonl      four to each, right but for 10 % of the numbers
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
-from arms import PROMPTS
+from arms import PLAN, PROMPTS
 from chain import UNASKED, Chain, corrupted, make_chains
 
 HERE = Path(__file__).resolve().parent
-SETS = [4, 5, 6, 7, 8, 9]
+SETS = sorted({number for setting, _ in PLAN for number in setting.sets})
 """Numbers of the prompt sets; a set's seeds follow from its number."""
 PROBLEMS, HELDOUT, UNASKED_ROWS = 500, 100, 20
 PROBLEM_SEED, HELDOUT_SEED, SET_SEED = 777, 778, 1000

@@ -1,6 +1,6 @@
 """All runs of the reproduction; every finished one leaves a small file in results/.
 
-    python run.py [--quick] [--only SETTING/ARM ...] [--sets 1 2] [--work FOLDER] [--list]
+    python run.py [--quick] [--only SETTING/ARM ...] [--sets 4 5] [--work FOLDER] [--list]
 
 Where costs are compared a run has the machine to itself, elsewhere two run side by side (`at_once` of a setting).
 What has its result is not run again, so the whole can be stopped at any time, and made in parts on several machines.
@@ -108,9 +108,10 @@ class Runner:
             self._npd(job, job.arm.keys, self._file(job, job.arm.prompts), self._student(job))
 
     def _warm(self, job: Job) -> None:
-        """The warmed-up student; made again where its result is there, but not the student (another machine's)."""
+        """The warmed-up student and its result. Where there is one without the other the run is made again or gone on
+        with: the result is another machine's, or this was stopped between the two."""
         with self._warming[warmup_of(job).name]:
-            if self._student(job).is_dir():
+            if self._student(job).is_dir() and warmup_of(job).result(self.results).is_file():
                 return
             start = self.work / "models" / prepare.student_name(job.number)
             self._npd(job, arms.warmup(job.setting), self._file(job, "warm"), start)

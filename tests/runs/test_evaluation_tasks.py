@@ -202,6 +202,9 @@ def test_a_run_without_rounds_answers_too(checkpoints: Path, tmp_path: Path) -> 
     assert list(results(run, LETTERS)) == [0, 1] and run.student.is_dir()
     summary = read_json(run.summary)
     assert summary["student_version"] == 1 and summary["heldout_kl_after"] < summary["heldout_kl_before"]
-    assert summary["warmup_responses"] > 0 and summary["trained_on"]["warmup"]["given"] == 0
+    assert (
+        summary["warmup_responses"] == len(inputs.train.read_text().splitlines())
+        and summary["trained_on"]["warmup"]["given"] == 0
+    )
     log = run.log("supervisor").read_text()
     assert f"{summary['warmup_responses']} responses of the warm-up, {summary['warmup_kept']} kept" in log

@@ -47,7 +47,9 @@ def test_first_command_of_the_readme_runs(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout[-5000:]
-    assert f"report: {run}/report.html" in done.stdout.splitlines() and (run / "report.html").is_file()
+    *_, report, after_it = done.stdout.splitlines()
+    assert report == f"report: {run}/report.html" and (run / "report.html").is_file()
+    assert after_it == "next:   examples/does_it_pay/README.md (does it pay?)"
     summary = json.loads((run / "summary.json").read_text())
     rates = measure_rates(threads=2)
     if not 0.8 < rates.gain < 1.8:  # else two measurements of one machine may disagree

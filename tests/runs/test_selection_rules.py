@@ -1,4 +1,4 @@
-"""A whole run whose τ is a quantile of the round before, and which drops as many at random."""
+"""Whole runs with rules of selection: what is judged how, and a round that keeps too little."""
 
 from __future__ import annotations
 
@@ -37,3 +37,14 @@ def test_tau_follows_the_round_before_and_a_random_drop_is_of_that_size(checkpoi
     summary = read_json(run.summary)
     assert summary["rollouts_rejected"]["random"] > 0
     assert "random" in npd("inspect", inputs.run, "--rejected")
+
+
+def test_a_round_that_keeps_too_little_ends_the_run_with_one_line(checkpoints: Path, tmp_path: Path) -> None:
+    inputs = make_inputs(checkpoints, tmp_path)
+    inputs.set("rounds", {"count": 2, "epochs_per_round": 1})
+    inputs.set("selection", {"tau": 1e9, "reject_truncated": True, "least_kept_share": 1.0})
+    inputs.set("rollout.max_new_tokens", 4)  # random models rarely end within these
+    inputs.set("launch", {"max_restarts": 0})
+    npd("run", inputs.path, status=2)
+    log = (RunDirectory(inputs.run).log("trainer")).read_text()
+    assert "samples were kept, must be selection.least_kept_share = 1 of them at least" in log
